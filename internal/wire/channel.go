@@ -1,0 +1,227 @@
+package wire
+
+import (
+	"fmt"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+)
+
+// Channel is one end of a control channel. One goroutine may receive while
+// another sends.
+type Channel struct {
+	pc  *sys.PacketConn
+	buf []byte
+}
+
+// NewChannel takes ownership of fd, also when it fails.
+func NewChannel(fd int) (*Channel, error) {
+	pc, err := sys.NewPacketConn(fd)
+	if err != nil {
+		return nil, fmt.Errorf("control channel: %w", err)
+	}
+	return &Channel{pc: pc, buf: make([]byte, sys.MaxPacket)}, nil
+}
+
+// Close closes the channel; pending calls return.
+func (c *Channel) Close() error { return c.pc.Close() }
+
+// Conn gives access to deadlines.
+func (c *Channel) Conn() *sys.PacketConn { return c.pc }
+
+// Send sends m, whose sockets (ADOPT) are duplicated into the message: the caller
+// keeps its own. Cargoes and blobs larger than MaxInline go into memory files. It
+// waits in the poller, never in the kernel, while the peer does not read.
+func (c *Channel) Send(m *Message) error {
+	out := *m
+	out.Items = append([]Item(nil), m.Items...)
+	out.Blobs = append([]Blob(nil), m.Blobs...)
+	var fds, own []int
+	defer func() { sys.CloseAll(own) }()
+	for i := range out.Items {
+		it := &out.Items[i]
+		if m.Type == TypeAdopt {
+			fds = append(fds, it.Socket)
+		}
+		if it.Cargo.Size() <= MaxInline {
+			continue
+		}
+		b, err := encMode.Marshal(&it.Cargo)
+		if err != nil {
+			return fmt.Errorf("%s: session %d: encode: %w", m.Type, it.ID, err)
+		}
+		fd, err := largeFD(b)
+		if err != nil {
+			return fmt.Errorf("%s: session %d: %w", m.Type, it.ID, err)
+		}
+		own, fds = append(own, fd), append(fds, fd)
+		it.Cargo, it.Large = Cargo{}, true
+	}
+	for i := range out.Blobs {
+		bl := &out.Blobs[i]
+		if len(bl.Data) <= MaxInline {
+			continue
+		}
+		fd, err := largeFD(bl.Data)
+		if err != nil {
+			return fmt.Errorf("%s: group %q: %w", m.Type, bl.Group, err)
+		}
+		own, fds = append(own, fd), append(fds, fd)
+		bl.Data, bl.Large = nil, true
+	}
+	b, err := Encode(&out)
+	if err != nil {
+		return err
+	}
+	return c.pc.Send(b, fds)
+}
+
+func largeFD(b []byte) (int, error) {
+	if len(b) > MaxCargo {
+		return -1, fmt.Errorf("state of %d bytes, the limit is %d", len(b), MaxCargo)
+	}
+	return sys.SealedMemfd("ktlsvisor-cargo", b)
+}
+
+// Recv receives one message. Sockets of its items belong to the caller. On any
+// error every descriptor of the message has been closed; io.EOF means that the
+// peer is gone, ErrProtocol that it is not to be trusted any further.
+func (c *Channel) Recv() (*Message, error) {
+	n, fds, err := c.pc.Recv(c.buf)
+	if err != nil {
+		return nil, err
+	}
+	m, err := Decode(c.buf[:n])
+	if err != nil {
+		sys.CloseAll(fds)
+		return nil, err
+	}
+	if err := m.takeFDs(fds); err != nil {
+		return nil, fmt.Errorf("%w: %s: %w", ErrProtocol, m.Type, err)
+	}
+	return m, nil
+}
+
+// takeFDs distributes the descriptors over the items; on error it closes all.
+func (m *Message) takeFDs(fds []int) (err error) {
+	all := fds
+	var used []int // memory files, closed in any case
+	defer func() {
+		sys.CloseAll(used)
+		if err != nil {
+			for _, fd := range all {
+				if !contains(used, fd) {
+					sys.CloseAll([]int{fd})
+				}
+			}
+		}
+	}()
+	next := func() (int, error) {
+		if len(fds) == 0 {
+			return -1, fmt.Errorf("%d descriptors came with it, more are needed", len(all))
+		}
+		fd := fds[0]
+		fds = fds[1:]
+		return fd, nil
+	}
+	large := func() ([]byte, error) {
+		fd, err := next()
+		if err != nil {
+			return nil, err
+		}
+		used = append(used, fd)
+		return sys.ReadSealedMemfd(fd, MaxCargo)
+	}
+	for i := range m.Items {
+		it := &m.Items[i]
+		it.Socket = -1
+		if m.Type == TypeAdopt {
+			if it.Socket, err = next(); err != nil {
+				return err
+			}
+			if !sys.IsTCP(it.Socket) {
+				return fmt.Errorf("session %d: its descriptor is no TCP socket", it.ID)
+			}
+		}
+		if !it.Large {
+			continue
+		}
+		b, err := large()
+		if err != nil {
+			return fmt.Errorf("session %d: %w", it.ID, err)
+		}
+		if err := decMode.Unmarshal(b, &it.Cargo); err != nil {
+			return fmt.Errorf("session %d: cargo: %w", it.ID, err)
+		}
+		it.Large = false
+	}
+	for i := range m.Blobs {
+		bl := &m.Blobs[i]
+		if !bl.Large {
+			continue
+		}
+		if bl.Data, err = large(); err != nil {
+			return fmt.Errorf("group %q: %w", bl.Group, err)
+		}
+		bl.Large = false
+	}
+	if len(fds) > 0 {
+		return fmt.Errorf("%d descriptors too many", len(fds))
+	}
+	return nil
+}
+
+func contains(list []int, fd int) bool {
+	for _, x := range list {
+		if x == fd {
+			return true
+		}
+	}
+	return false
+}
+
+// CloseSockets closes the sockets of m's items, for a receiver that will not use
+// them.
+func (m *Message) CloseSockets() {
+	for i := range m.Items {
+		if m.Items[i].Socket > 0 {
+			sys.CloseAll([]int{m.Items[i].Socket})
+			m.Items[i].Socket = -1
+		}
+	}
+}
+
+// BatchItems cuts items into runs that fit one message each: at most MaxItems
+// items, inline bytes well under the packet's size, and two descriptors an item.
+func BatchItems(items []Item) [][]Item {
+	const room = sys.MaxPacket - 8<<10
+	var out [][]Item
+	start, size := 0, 0
+	for i := range items {
+		n := 160
+		if s := items[i].Cargo.Size(); s <= MaxInline {
+			n += s
+		}
+		if i > start && (i-start == MaxItems || size+n > room) {
+			out = append(out, items[start:i])
+			start, size = i, 0
+		}
+		size += n
+	}
+	if start < len(items) {
+		out = append(out, items[start:])
+	}
+	return out
+}
+
+// BatchRefs cuts refs into runs of at most MaxItems.
+func BatchRefs(refs []Ref) [][]Ref {
+	var out [][]Ref
+	for len(refs) > MaxItems {
+		out = append(out, refs[:MaxItems])
+		refs = refs[MaxItems:]
+	}
+	if len(refs) > 0 {
+		out = append(out, refs)
+	}
+	return out
+}
