@@ -1,0 +1,189 @@
+// Package admin is the supervisor's admin API: HTTP with JSON over a Unix socket
+// of mode 0600 that only the supervisor's own uid and root may use.
+package admin
+
+import (
+	"context"
+	"time"
+)
+
+// Status is the answer of `ktlsvisor status --json`. Scripts depend on it: fields
+// may be added, none renamed.
+type Status struct {
+	Supervisor SupervisorStatus  `json:"supervisor"`
+	Kernel     KernelStatus      `json:"kernel"`
+	Listeners  []ListenerStatus  `json:"listeners"`
+	Pools      []PoolStatus      `json:"pools"`
+	Sessions   SessionTotals     `json:"sessions"`
+	Counters   Counters          `json:"counters"`
+	Reasons    map[string]uint64 `json:"closed_reasons,omitempty"`
+	Handshakes HandshakeCounters `json:"handshakes"`
+}
+
+// SupervisorStatus describes the running supervisor.
+type SupervisorStatus struct {
+	PID           int     `json:"pid"`
+	Version       string  `json:"version"`
+	Generation    uint32  `json:"generation"` // 1 for the first, one more for each successor
+	UptimeSeconds float64 `json:"uptime_seconds"`
+	KeeperPID     int     `json:"keeper_pid"`
+	ReadyMillis   int64   `json:"ready_millis"` // how long this supervisor took from its start to serving
+}
+
+// KernelStatus says what the kernel can do.
+type KernelStatus struct {
+	Release string `json:"release"`
+	KTLS    bool   `json:"ktls"`
+	Rekey   bool   `json:"rekey"`
+	Reason  string `json:"reason,omitempty"` // why not, with the remedy
+}
+
+// ListenerStatus is one listener.
+type ListenerStatus struct {
+	Address string `json:"address"` // as bound: with the real port
+	Pool    string `json:"pool"`
+}
+
+// PoolStatus is one pool.
+type PoolStatus struct {
+	Name       string         `json:"name"`
+	Generation uint32         `json:"generation"`
+	Command    []string       `json:"command"`
+	Upgrading  bool           `json:"upgrading,omitempty"`
+	Workers    []WorkerStatus `json:"workers"`
+}
+
+// WorkerStatus is one worker process.
+type WorkerStatus struct {
+	PID        int    `json:"pid"`
+	Generation uint32 `json:"generation"`
+	State      string `json:"state"` // starting, ready, retiring, dying
+	Sessions   int    `json:"sessions"`
+}
+
+// SessionTotals counts live sessions by record layer, and those without an owner.
+type SessionTotals struct {
+	Total    int `json:"total"`
+	Kernel   int `json:"kernel"`
+	Software int `json:"software"`
+	Relay    int `json:"relay"`
+	Parked   int `json:"parked"`
+}
+
+// Counters count since the unit started; they survive supervisor restarts.
+type Counters struct {
+	Accepted      uint64 `json:"accepted"`
+	Moved         uint64 `json:"moved"`
+	Returned      uint64 `json:"returned"`
+	Interrupted   uint64 `json:"interrupted"`
+	Lost          uint64 `json:"lost"`
+	ClosedByPeer  uint64 `json:"closed_by_peer"`
+	ClosedByOwner uint64 `json:"closed_by_owner"`
+	// ClosedUnknown counts sessions that ended while no supervisor ran and whose
+	// worker could not say how.
+	ClosedUnknown uint64 `json:"closed_unknown"`
+}
+
+// HandshakeCounters count connections that never became sessions.
+type HandshakeCounters struct {
+	Failed   uint64 `json:"failed"`
+	TimedOut uint64 `json:"timed_out"`
+	Refused  uint64 `json:"refused"` // over max_sessions, or no worker
+}
+
+// Session is one line of `ktlsvisor sessions`.
+type Session struct {
+	ID         string  `json:"id"`
+	Peer       string  `json:"peer"`
+	Pool       string  `json:"pool"`
+	WorkerPID  int     `json:"worker_pid"`
+	Phase      string  `json:"phase"` // owned, moving, parked
+	Layer      string  `json:"layer"`
+	Version    string  `json:"version"`
+	Suite      string  `json:"suite"`
+	ServerName string  `json:"server_name,omitempty"`
+	ALPN       string  `json:"alpn,omitempty"`
+	Group      string  `json:"group,omitempty"`
+	AgeSeconds float64 `json:"age_seconds"`
+	Moves      uint32  `json:"moves"`
+	Reason     string  `json:"reason,omitempty"` // why not in the kernel
+}
+
+// UpgradeRequest asks for an upgrade of one pool, or of all when Pool is empty.
+type UpgradeRequest struct {
+	Pool    string        `json:"pool,omitempty"`
+	Command string        `json:"command,omitempty"` // new program for the pool, absolute path
+	Wait    time.Duration `json:"wait,omitempty"`    // how long to ask sessions at no safe point again; 0: 30 s
+}
+
+// Outcome is the result of an upgrade; its value is the command's exit code.
+type Outcome int
+
+// Outcomes, by the command-line contract.
+const (
+	OutcomeMoved   Outcome = 0 // everything moved
+	OutcomeRefused Outcome = 1 // refused or rolled back, nothing lost
+	OutcomeLost    Outcome = 3 // something was lost
+	OutcomeStay    Outcome = 4 // some sessions stay with the old generation for now
+)
+
+// UpgradeReport is what an upgrade did.
+type UpgradeReport struct {
+	Outcome      Outcome      `json:"exit_code"`
+	Pools        []PoolReport `json:"pools"`
+	Error        string       `json:"error,omitempty"`
+	DurationSecs float64      `json:"duration_seconds"`
+}
+
+// PoolReport is one pool's part of an UpgradeReport.
+type PoolReport struct {
+	Pool        string         `json:"pool"`
+	From        uint32         `json:"from_generation"`
+	To          uint32         `json:"to_generation"`
+	Moved       int            `json:"moved"`
+	Stayed      int            `json:"stayed"`
+	Returned    int            `json:"returned"`
+	Interrupted int            `json:"interrupted"`
+	Lost        int            `json:"lost"`
+	Closed      int            `json:"closed"` // ended by their peer or owner meanwhile
+	Reasons     map[string]int `json:"reasons,omitempty"`
+	StallP50    float64        `json:"stall_p50_ms"` // FREEZE sent to RESUME sent, per session
+	StallP99    float64        `json:"stall_p99_ms"`
+	StallMax    float64        `json:"stall_max_ms"`
+	OldPIDs     []int          `json:"old_pids"`
+	NewPIDs     []int          `json:"new_pids"`
+	Error       string         `json:"error,omitempty"`
+}
+
+// SupervisorReport is what `upgrade --supervisor` did.
+type SupervisorReport struct {
+	Outcome       Outcome `json:"exit_code"`
+	OldPID        int     `json:"old_pid"`
+	NewPID        int     `json:"new_pid"`
+	OldGeneration uint32  `json:"old_generation"`
+	Error         string  `json:"error,omitempty"`
+	DurationSecs  float64 `json:"duration_seconds"`
+}
+
+// Progress is a line about a running operation.
+type Progress struct {
+	Text  string `json:"text"`
+	Done  int    `json:"done,omitempty"`
+	Total int    `json:"total,omitempty"`
+}
+
+// Backend is what the API drives; the supervisor implements it. All methods may be
+// called concurrently.
+type Backend interface {
+	Status(ctx context.Context) (*Status, error)
+	Sessions(ctx context.Context) ([]Session, error)
+	// Upgrade blocks until done. It reports a refusal in the report, not as an
+	// error; an error means that nothing was started (for example ErrBusy).
+	Upgrade(ctx context.Context, r UpgradeRequest, progress func(Progress)) (*UpgradeReport, error)
+	// UpgradeSupervisor replaces the supervisor itself; this process exits soon
+	// after the answer has been sent.
+	UpgradeSupervisor(ctx context.Context, progress func(Progress)) (*SupervisorReport, error)
+	// Stop ends the unit: no new connections, sessions closed with close_notify
+	// within grace.
+	Stop(ctx context.Context, grace time.Duration) error
+}
