@@ -1,0 +1,117 @@
+package ktls
+
+import (
+	"crypto/tls"
+	"fmt"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Mode says which record layer a session may use.
+type Mode uint8
+
+const (
+	ModeAuto     Mode = iota // kernel when it can do version and suite both ways, else software
+	ModeKernel               // kernel or an error
+	ModeSoftware             // this package's own layer
+	ModeOff                  // no session: Server and Client refuse
+)
+
+var modeNames = [...]string{"auto", "kernel", "software", "off"}
+
+// ParseMode reads "auto", "kernel", "software" or "off".
+func ParseMode(s string) (Mode, error) {
+	for i, name := range modeNames {
+		if s == name {
+			return Mode(i), nil
+		}
+	}
+	return 0, fmt.Errorf("unknown mode %q: use auto, kernel, software or off", s)
+}
+
+// String returns the word that ParseMode reads.
+func (m Mode) String() string {
+	if int(m) < len(modeNames) {
+		return modeNames[m]
+	}
+	return fmt.Sprintf("mode(%d)", uint8(m))
+}
+
+// MarshalText returns the word that ParseMode reads.
+func (m Mode) MarshalText() ([]byte, error) {
+	if int(m) >= len(modeNames) {
+		return nil, fmt.Errorf("unknown mode %d", uint8(m))
+	}
+	return []byte(modeNames[m]), nil
+}
+
+// UnmarshalText reads what ParseMode reads.
+func (m *Mode) UnmarshalText(b []byte) error {
+	v, err := ParseMode(string(b))
+	if err != nil {
+		return err
+	}
+	*m = v
+	return nil
+}
+
+// Layer is where a session's records are sealed and opened.
+type Layer uint8
+
+const (
+	LayerSoftware Layer = iota // in the process that owns the session
+	LayerKernel                // in the socket
+)
+
+// String returns "software" or "kernel".
+func (l Layer) String() string {
+	switch l {
+	case LayerSoftware:
+		return "software"
+	case LayerKernel:
+		return "kernel"
+	}
+	return fmt.Sprintf("layer(%d)", uint8(l))
+}
+
+// Socket is what a session runs over. *net.TCPConn and *os.File (of a
+// non-blocking TCP socket) both satisfy it.
+type Socket interface {
+	syscall.Conn
+	Close() error
+	SetDeadline(time.Time) error
+	SetReadDeadline(time.Time) error
+	SetWriteDeadline(time.Time) error
+}
+
+// DefaultHandshakeTimeout bounds a handshake when Config says nothing.
+const DefaultHandshakeTimeout = 10 * time.Second
+
+// Config says how sessions begin. Use one Config for all connections of a
+// listener: automatic session-ticket keys live in it. It must not be copied after
+// first use; it may be used by several goroutines.
+type Config struct {
+	// TLS is required and never modified. GetConfigForClient, GetCertificate,
+	// KeyLogWriter, client certificates and session tickets are honoured. Only AEAD
+	// suites with ECDHE are offered, TLS 1.2 and 1.3; TLS 1.2 sessions are never
+	// resumed, because crypto/tls does not reveal their keys.
+	TLS *tls.Config
+
+	// Mode chooses the record layer. The zero value is ModeAuto.
+	Mode Mode
+
+	// HandshakeTimeout bounds the whole handshake; 0 is DefaultHandshakeTimeout.
+	HandshakeTimeout time.Duration
+
+	mu     sync.Mutex
+	base   *tls.Config // what servers handshake with; owns the automatic ticket keys
+	baseOf *tls.Config // the TLS it was made from
+}
+
+func (c *Config) handshakeTimeout() time.Duration {
+	if c.HandshakeTimeout > 0 {
+		return c.HandshakeTimeout
+	}
+	return DefaultHandshakeTimeout
+}
