@@ -1,0 +1,313 @@
+package supervise
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"time"
+
+	"github.com/fxamacker/cbor/v2"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+)
+
+// The ledger is shared memory (a memfd sealed against growing and shrinking) that
+// outlives the supervisor: the keeper holds its descriptor and never maps it.
+//
+//	header page                     one slot per session, slotSize bytes
+//	+---------------------------+   +-----------------------------------+
+//	| magic, version, sizes     |   | entry A: owner, epoch, phase, crc |
+//	| incarnation, next id      |   | entry B: the same, older or newer |
+//	| counters                  |   | facts:  crc, length, CBOR         |
+//	+---------------------------+   | record: state, crc, length, CBOR  |
+//	                                +-----------------------------------+
+//
+// What changes (owner, epoch, phase) is written to the older of the two entries,
+// with a higher sequence number and its checksum last: a supervisor killed in
+// mid-write leaves the other entry standing. Stores of a killed process stay in
+// the shared pages.
+const (
+	ledgerMagic   = 0x6b746c7376697331 // "ktlsvis1"
+	ledgerVersion = 1
+
+	headerSize = 4096
+	slotSize   = 1024
+	entrySize  = 128
+	factsOff   = 2 * entrySize
+	factsSize  = 448
+	recordOff  = factsOff + factsSize
+	recordSize = slotSize - recordOff
+
+	hdrMagic       = 0
+	hdrVersion     = 8
+	hdrSlots       = 12
+	hdrIncarnation = 16
+	hdrNextID      = 24
+	hdrStarted     = 32
+	hdrCounters    = 64
+	hdrReasons     = hdrCounters + 8*32
+)
+
+var crcTable = crc32.MakeTable(crc32.Castagnoli)
+
+// slotPhase is a session's phase as recorded in the ledger.
+type slotPhase uint8
+
+const (
+	slotFree   slotPhase = 0
+	slotParked slotPhase = 1 // owned by nobody; its record state is in the slot
+	slotOwned  slotPhase = 2 // owned by the worker in entry.Owner
+)
+
+// entry is the part of a slot that changes. Writing it with phase owned is the
+// commit of a move.
+type entry struct {
+	Seq      uint64
+	ID       uint64
+	Epoch    wire.Epoch
+	Owner    uint64
+	Accepted int64 // Unix nanoseconds
+	Moves    uint32
+	Phase    slotPhase
+	Software bool
+	Group    string
+}
+
+// facts is the part of a slot that never changes.
+type facts struct {
+	Pool     string `cbor:"1,keyasint"`
+	Facts    []byte `cbor:"2,keyasint"`
+	Peer     string `cbor:"3,keyasint"`
+	SNI      string `cbor:"4,keyasint,omitempty"`
+	ALPN     string `cbor:"5,keyasint,omitempty"`
+	Version  uint16 `cbor:"6,keyasint"`
+	Suite    uint16 `cbor:"7,keyasint"`
+	Reason   string `cbor:"8,keyasint,omitempty"`
+	Overflow bool   `cbor:"9,keyasint,omitempty"` // Facts are with the keeper, too large for the slot
+}
+
+// record is the record state of a parked session, and the traffic secrets of one
+// in the kernel layer. It is void from the moment before RESUME is sent in the
+// software layer (I5).
+type record struct {
+	Record  []byte `cbor:"1,keyasint,omitempty"`
+	Secrets []byte `cbor:"2,keyasint,omitempty"`
+}
+
+var errTooLarge = errors.New("too large for its place in the ledger")
+
+type ledger struct {
+	mem   []byte
+	slots int
+}
+
+func ledgerSize(slots int) int { return headerSize + slots*slotSize }
+
+// createLedger makes a new ledger; the caller owns the descriptor.
+func createLedger(slots int) (*ledger, int, error) {
+	size := ledgerSize(slots)
+	fd, err := sys.SharedMemfd("ktlsvisor-ledger", int64(size))
+	if err != nil {
+		return nil, -1, err
+	}
+	mem, err := sys.MapShared(fd, size)
+	if err != nil {
+		sys.CloseAll([]int{fd})
+		return nil, -1, err
+	}
+	l := &ledger{mem: mem, slots: slots}
+	binary.LittleEndian.PutUint32(mem[hdrVersion:], ledgerVersion)
+	binary.LittleEndian.PutUint32(mem[hdrSlots:], uint32(slots))
+	binary.LittleEndian.PutUint64(mem[hdrNextID:], 1)
+	binary.LittleEndian.PutUint64(mem[hdrStarted:], uint64(time.Now().UnixNano()))
+	binary.LittleEndian.PutUint64(mem[hdrMagic:], ledgerMagic)
+	return l, fd, nil
+}
+
+// openLedger maps a ledger that an earlier supervisor made.
+func openLedger(fd int) (*ledger, error) {
+	size, err := sys.FileSize(fd)
+	if err != nil {
+		return nil, fmt.Errorf("ledger: %w", err)
+	}
+	if size < headerSize {
+		return nil, fmt.Errorf("ledger: %d bytes, not even a header", size)
+	}
+	mem, err := sys.MapShared(fd, int(size))
+	if err != nil {
+		return nil, fmt.Errorf("ledger: %w", err)
+	}
+	slots := int(binary.LittleEndian.Uint32(mem[hdrSlots:]))
+	switch v := binary.LittleEndian.Uint32(mem[hdrVersion:]); {
+	case binary.LittleEndian.Uint64(mem[hdrMagic:]) != ledgerMagic:
+		err = errors.New("ledger: this memory is none of ours")
+	case v != ledgerVersion:
+		err = fmt.Errorf("ledger: version %d, this supervisor knows %d: use the program that started the unit", v, ledgerVersion)
+	case ledgerSize(slots) > int(size):
+		err = fmt.Errorf("ledger: %d slots do not fit %d bytes", slots, size)
+	}
+	if err != nil {
+		_ = sys.Unmap(mem)
+		return nil, err
+	}
+	return &ledger{mem: mem, slots: slots}, nil
+}
+
+func (l *ledger) close() { _ = sys.Unmap(l.mem) }
+
+// nextIncarnation raises and returns the incarnation: the upper half of every
+// epoch this supervisor gives out.
+func (l *ledger) nextIncarnation() uint32 {
+	n := binary.LittleEndian.Uint32(l.mem[hdrIncarnation:]) + 1
+	binary.LittleEndian.PutUint32(l.mem[hdrIncarnation:], n)
+	return n
+}
+
+func (l *ledger) nextID() uint64 {
+	n := binary.LittleEndian.Uint64(l.mem[hdrNextID:])
+	binary.LittleEndian.PutUint64(l.mem[hdrNextID:], n+1)
+	return n
+}
+
+func (l *ledger) slot(i int) []byte {
+	off := headerSize + i*slotSize
+	return l.mem[off : off+slotSize : off+slotSize]
+}
+
+// put writes e to the older of the slot's two entries.
+func (l *ledger) put(i int, e entry) {
+	s := l.slot(i)
+	a, aok := decodeEntry(s[:entrySize])
+	b, bok := decodeEntry(s[entrySize : 2*entrySize])
+	dst := s[:entrySize]
+	switch {
+	case aok && (!bok || a.Seq >= b.Seq):
+		dst, e.Seq = s[entrySize:2*entrySize], a.Seq+1
+	case bok:
+		e.Seq = b.Seq + 1
+	default:
+		e.Seq = 1
+	}
+	encodeEntry(dst, e)
+}
+
+// get returns the newest intact entry of a slot; ok is false for a slot never
+// used, and damaged when something was written there and nothing intact is left.
+func (l *ledger) get(i int) (e entry, ok, damaged bool) {
+	s := l.slot(i)
+	a, aok := decodeEntry(s[:entrySize])
+	b, bok := decodeEntry(s[entrySize : 2*entrySize])
+	switch {
+	case aok && bok && a.Seq >= b.Seq, aok && !bok:
+		return a, true, false
+	case bok:
+		return b, true, false
+	}
+	for _, c := range s[:2*entrySize] {
+		if c != 0 {
+			return entry{}, false, true
+		}
+	}
+	return entry{}, false, false
+}
+
+// free marks a slot free and wipes what it held.
+func (l *ledger) free(i int) {
+	l.put(i, entry{Phase: slotFree})
+	clear(l.slot(i)[factsOff:])
+}
+
+func encodeEntry(b []byte, e entry) {
+	binary.LittleEndian.PutUint32(b, 0) // not intact while it is written
+	binary.LittleEndian.PutUint64(b[8:], e.Seq)
+	binary.LittleEndian.PutUint64(b[16:], e.ID)
+	binary.LittleEndian.PutUint64(b[24:], uint64(e.Epoch))
+	binary.LittleEndian.PutUint64(b[32:], e.Owner)
+	binary.LittleEndian.PutUint64(b[40:], uint64(e.Accepted))
+	binary.LittleEndian.PutUint32(b[48:], e.Moves)
+	b[52] = byte(e.Phase)
+	b[53] = 0
+	if e.Software {
+		b[53] = 1
+	}
+	b[54] = byte(len(e.Group))
+	clear(b[56:entrySize])
+	copy(b[56:56+wire.MaxGroup], e.Group)
+	binary.LittleEndian.PutUint32(b, crc32.Checksum(b[8:entrySize], crcTable))
+}
+
+func decodeEntry(b []byte) (e entry, ok bool) {
+	if crc32.Checksum(b[8:entrySize], crcTable) != binary.LittleEndian.Uint32(b) || int(b[54]) > wire.MaxGroup {
+		return entry{}, false
+	}
+	e = entry{
+		Seq:      binary.LittleEndian.Uint64(b[8:]),
+		ID:       binary.LittleEndian.Uint64(b[16:]),
+		Epoch:    wire.Epoch(binary.LittleEndian.Uint64(b[24:])),
+		Owner:    binary.LittleEndian.Uint64(b[32:]),
+		Accepted: int64(binary.LittleEndian.Uint64(b[40:])),
+		Moves:    binary.LittleEndian.Uint32(b[48:]),
+		Phase:    slotPhase(b[52]),
+		Software: b[53] == 1,
+		Group:    string(b[56 : 56+int(b[54])]),
+	}
+	return e, e.Seq > 0
+}
+
+// Places for CBOR in a slot: u32 checksum, u32 length, bytes.
+
+func putPlace(b []byte, v any) error {
+	data, err := cbor.Marshal(v)
+	if err != nil {
+		return err
+	}
+	if len(data) > len(b)-8 {
+		return fmt.Errorf("%d bytes: %w", len(data), errTooLarge)
+	}
+	clear(b)
+	copy(b[8:], data)
+	binary.LittleEndian.PutUint32(b[4:], uint32(len(data)))
+	binary.LittleEndian.PutUint32(b, crc32.Checksum(b[4:8+len(data)], crcTable))
+	return nil
+}
+
+func getPlace(b []byte, v any) error {
+	n := binary.LittleEndian.Uint32(b[4:])
+	if n == 0 || int(n) > len(b)-8 {
+		return errors.New("nothing there")
+	}
+	if crc32.Checksum(b[4:8+n], crcTable) != binary.LittleEndian.Uint32(b) {
+		return errors.New("checksum does not match")
+	}
+	return cbor.Unmarshal(b[8:8+n], v)
+}
+
+func (l *ledger) putFacts(i int, f *facts) error {
+	return putPlace(l.slot(i)[factsOff:factsOff+factsSize], f)
+}
+
+func (l *ledger) facts(i int) (*facts, error) {
+	f := new(facts)
+	if err := getPlace(l.slot(i)[factsOff:factsOff+factsSize], f); err != nil {
+		return nil, fmt.Errorf("facts in the ledger: %w", err)
+	}
+	return f, nil
+}
+
+func (l *ledger) putRecord(i int, r *record) error {
+	return putPlace(l.slot(i)[recordOff:], r)
+}
+
+func (l *ledger) record(i int) (*record, error) {
+	r := new(record)
+	if err := getPlace(l.slot(i)[recordOff:], r); err != nil {
+		return nil, fmt.Errorf("record state in the ledger: %w", err)
+	}
+	return r, nil
+}
+
+// voidRecord destroys the record state of a slot, before RESUME is sent: from
+// then on only the owner knows its sequence numbers.
+func (l *ledger) voidRecord(i int) { clear(l.slot(i)[recordOff:]) }
