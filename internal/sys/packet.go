@@ -71,6 +71,15 @@ func NewPacketConn(fd int) (*PacketConn, error) {
 // Close closes the socket; a pending Recv or Send returns os.ErrClosed.
 func (c *PacketConn) Close() error { return c.f.Close() }
 
+// Dup returns a close-on-exec duplicate of the descriptor, which the caller owns.
+func (c *PacketConn) Dup() (fd int, err error) {
+	cerr := c.rc.Control(func(s uintptr) { fd, err = Dup(int(s)) })
+	if cerr != nil {
+		return -1, cerr
+	}
+	return fd, err
+}
+
 // SetReadDeadline bounds pending and later Recv calls.
 func (c *PacketConn) SetReadDeadline(t time.Time) error { return c.f.SetReadDeadline(t) }
 

@@ -25,6 +25,9 @@ func NewChannel(fd int) (*Channel, error) {
 // Close closes the channel; pending calls return.
 func (c *Channel) Close() error { return c.pc.Close() }
 
+// Dup returns a duplicate of the channel's descriptor, which the caller owns.
+func (c *Channel) Dup() (int, error) { return c.pc.Dup() }
+
 // Conn gives access to deadlines.
 func (c *Channel) Conn() *sys.PacketConn { return c.pc }
 
