@@ -56,20 +56,24 @@ func StartChild(path string, argv, env []string, files []int) (pid, pidfd int, e
 }
 
 // ReapDead takes one dead child's status away, whichever child it is, without
-// waiting. ok is false when no child is dead. It takes the status from anybody
-// else in this process who waits for that child, so only a process that starts
-// all its children with StartChild may use it.
-func ReapDead() (pid int, status syscall.WaitStatus, ok bool) {
+// waiting: its exit code, or 128 plus the number of the signal that killed it. ok
+// is false when no child is dead. It takes the status from anybody else in this
+// process who waits for that child, so only a process that starts all its
+// children with StartChild may use it.
+func ReapDead() (pid, code int, ok bool) {
 	for {
 		var ws unix.WaitStatus
 		pid, err := unix.Wait4(-1, &ws, unix.WNOHANG, nil)
-		if errors.Is(err, unix.EINTR) {
+		switch {
+		case errors.Is(err, unix.EINTR):
 			continue
-		}
-		if err != nil || pid <= 0 {
+		case err != nil || pid <= 0:
 			return 0, 0, false
+		case ws.Signaled():
+			return pid, 128 + int(ws.Signal()), true
+		default:
+			return pid, ws.ExitStatus(), true
 		}
-		return pid, syscall.WaitStatus(ws), true
 	}
 }
 

@@ -1,0 +1,137 @@
+package keeper
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+)
+
+const (
+	maxLine   = 8 << 10 // bytes; a longer line is cut into several
+	sinkLines = 1024    // lines waiting for a slow Output; more are dropped
+)
+
+// drains reads the workers' output while no supervisor leads, so that a worker
+// neither blocks on a full pipe nor, for want of a reader, gets SIGPIPE. The
+// keeper's loop owns it. Entries change only while a supervisor leads, so the set
+// of pipes is fixed from start to stop.
+type drains struct {
+	log    hclog.Logger
+	sink   *sink
+	active []*drain
+	on     bool
+}
+
+type drain struct {
+	f    *os.File
+	done chan struct{}
+}
+
+func (d *drains) start(entries []*held) {
+	d.on = true
+	for _, h := range entries {
+		if len(h.fds) == 0 {
+			continue
+		}
+		f, err := sys.ReopenPipe(int(h.fds[0]))
+		if err != nil {
+			d.log.Error("cannot read a worker's output while there is no supervisor; the worker blocks when its pipe is full", "entry", h.key(), "error", err)
+			continue
+		}
+		dr := &drain{f: f, done: make(chan struct{})}
+		d.active = append(d.active, dr)
+		go dr.run(h.name, d.sink)
+	}
+}
+
+// stop returns once nothing is read any more. What was read before is written.
+func (d *drains) stop() {
+	d.on = false
+	for _, dr := range d.active {
+		_ = dr.f.Close()
+	}
+	for _, dr := range d.active {
+		<-dr.done
+	}
+	d.active = nil
+}
+
+func (dr *drain) run(name string, out *sink) {
+	defer close(dr.done)
+	defer dr.f.Close()
+	buf := make([]byte, maxLine)
+	n := 0 // bytes of an unfinished line in buf
+	emit := func(line []byte) { out.write(fmt.Appendf(nil, "%s: %s\n", name, line)) }
+	for {
+		m, err := dr.f.Read(buf[n:])
+		n += m
+		rest := buf[:n]
+		for {
+			line, after, found := bytes.Cut(rest, []byte{'\n'})
+			if !found {
+				break
+			}
+			emit(line)
+			rest = after
+		}
+		if len(rest) == len(buf) || (err != nil && len(rest) > 0) {
+			emit(rest)
+			rest = nil
+		}
+		n = copy(buf, rest)
+		if err != nil {
+			return // the worker closed its end, or stop
+		}
+	}
+}
+
+// sink writes lines to Output in a goroutine of its own, so that an Output that
+// blocks holds up nobody; what does not fit into its queue is dropped and counted.
+type sink struct {
+	out     io.Writer
+	lines   chan []byte
+	dropped atomic.Uint64
+	done    chan struct{}
+}
+
+func newSink(out io.Writer) *sink {
+	if out == nil {
+		out = io.Discard
+	}
+	s := &sink{out: out, lines: make(chan []byte, sinkLines), done: make(chan struct{})}
+	go func() {
+		defer close(s.done)
+		for line := range s.lines {
+			_, _ = s.out.Write(line)
+			if n := s.dropped.Swap(0); n > 0 {
+				_, _ = fmt.Fprintf(s.out, "ktlsvisor: %d lines of worker output dropped\n", n)
+			}
+		}
+	}()
+	return s
+}
+
+func (s *sink) write(line []byte) {
+	select {
+	case s.lines <- line:
+	default:
+		s.dropped.Add(1)
+	}
+}
+
+// close writes what is queued and gives an Output that blocks up after a second.
+// No drain may be running.
+func (s *sink) close() {
+	close(s.lines)
+	select {
+	case <-s.done:
+	case <-time.After(time.Second):
+	}
+}
