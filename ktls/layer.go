@@ -114,6 +114,10 @@ type layerState struct {
 	sealed []byte     // sealed and not sent
 	ctl    []byte     // part of a control record already taken from the kernel
 	typ    recordType // of ctl; 0: none
+
+	// The kernel layer's: where in the TCP stream record wireSeq-1 ends, see
+	// wirePosition. 0, 0: not known.
+	wire, wireSeq uint64
 }
 
 // recordError is a record that ends the session with an alert.

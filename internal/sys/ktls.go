@@ -250,7 +250,8 @@ func IsMPTCP(fd int) bool {
 
 // TCPWritten returns how many bytes have been written into a TCP socket since it
 // was connected, acknowledged or not, against an arbitrary but fixed origin: only
-// differences mean anything. A sent FIN is not counted.
+// differences mean anything. A sent FIN is not counted. ENOTCONN: the connection
+// was reset or is closed both ways, and what was queued is gone.
 func TCPWritten(fd int) (uint64, error) {
 	// bytes_acked and the queue's length cannot be read in one call; an
 	// acknowledgement in between would be counted twice or not at all, so the
@@ -272,6 +273,8 @@ func TCPWritten(fd int) (uint64, error) {
 		if before.Bytes_acked == after.Bytes_acked && before.State == after.State {
 			n := after.Bytes_acked + uint64(queued)
 			switch after.State {
+			case tcpClose:
+				return 0, fmt.Errorf("TCP_INFO: %w", unix.ENOTCONN)
 			case tcpFinWait1, tcpFinWait2, tcpClosing, tcpLastAck, tcpTimeWait:
 				n--
 			}
@@ -282,11 +285,19 @@ func TCPWritten(fd int) (uint64, error) {
 	return 0, fmt.Errorf("TCP_INFO: %w", unix.EAGAIN)
 }
 
+// IsWritable reports whether a third of the socket's send buffer is free (POLLOUT).
+func IsWritable(fd int) bool {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n == 1 && fds[0].Revents&unix.POLLOUT != 0
+}
+
 // From the kernel's include/net/tcp_states.h.
 const (
 	tcpFinWait1 = 4
 	tcpFinWait2 = 5
 	tcpTimeWait = 6
+	tcpClose    = 7
 	tcpLastAck  = 9
 	tcpClosing  = 11
 )

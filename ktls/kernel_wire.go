@@ -1,0 +1,92 @@
+package ktls
+
+import (
+	"errors"
+	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+)
+
+// wirePosition computes where in the TCP stream the records sealed so far end.
+// The kernel does not tell whether it holds a sealed record that TCP had no room
+// for, and a shutdown drops such a record silently; but the length of everything
+// sealed is known, since the sequence number counts records, and TCP tells how
+// much it was given.
+//
+// Positions are those of sys.TCPWritten, which stay the same for the life of a
+// connection, so they can travel with a session.
+type wirePosition struct {
+	base  uint64 // position after record seq-1; 0: not known
+	seq   uint64
+	plain uint64 // bytes taken since then
+
+	// Where base is not known: the position seen last, and since when.
+	still      uint64
+	stillSince time.Time
+}
+
+// stillLongEnough is for how long TCP must be given nothing, although it has room,
+// before the kernel is taken to have nothing left.
+const stillLongEnough = 50 * time.Millisecond
+
+// start notes the position before the first record.
+func (w *wirePosition) start(fd int, seq uint64) {
+	base, err := sys.TCPWritten(fd)
+	if err != nil {
+		base = 0
+	}
+	*w = wirePosition{base: base, seq: seq}
+}
+
+// resume goes on from an exported position, if the exporter was the last to write.
+// After its crash it was not, and its count is lost.
+func (w *wirePosition) resume(fd int, c kernelCipher, base, seq uint64) {
+	*w = wirePosition{}
+	if now, err := sendSeq(fd, c); err == nil && base != 0 && now == seq {
+		*w = wirePosition{base: base, seq: seq}
+	}
+}
+
+// position returns what resume wants; 0, 0 when it is not known.
+func (w *wirePosition) position(fd int, c kernelCipher, version uint16) (end, seq uint64) {
+	if w.base == 0 {
+		return 0, 0
+	}
+	seq, err := sendSeq(fd, c)
+	if err != nil || seq < w.seq {
+		return 0, 0
+	}
+	return w.base + w.plain + (seq-w.seq)*c.overhead(version), seq
+}
+
+// drained reports that TCP was given every sealed record. Where the position is not
+// known it is an estimate, which takes several calls. An error means that it never
+// will be: the connection is gone.
+func (w *wirePosition) drained(fd int, c kernelCipher, version uint16) (bool, error) {
+	written, err := sys.TCPWritten(fd)
+	switch {
+	case errors.Is(err, sys.EAGAIN): // acknowledgements are coming in too fast to count
+		return false, nil
+	case err != nil:
+		return false, err
+	}
+	if end, _ := w.position(fd, c, version); end != 0 {
+		return written >= end, nil
+	}
+	if w.still != written || !sys.IsWritable(fd) {
+		w.still, w.stillSince = written, time.Now()
+		return false, nil
+	}
+	return time.Since(w.stillSince) >= stillLongEnough, nil
+}
+
+// sendSeq reads the sequence number of the next record to be sealed. The key that
+// comes with it is wiped at once.
+func sendSeq(fd int, c kernelCipher) (uint64, error) {
+	var ci cryptoInfo
+	defer ci.wipe()
+	if err := ci.load(fd, sys.TLSSend, c); err != nil {
+		return 0, err
+	}
+	return ci.seq(), nil
+}
