@@ -3,6 +3,7 @@ package load
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -19,6 +20,8 @@ type Fleet struct {
 	stopOnce sync.Once
 	stopping chan struct{} // closed by Stop: send the last frame
 	ended    chan struct{} // closed when every goroutine of every client is gone
+
+	pause atomic.Int64 // Counters.ClientPause of the current phase, ns
 
 	mu     sync.Mutex // taken before any client's mu
 	phases []phase
@@ -48,11 +51,18 @@ func (f *Fleet) run(ctx context.Context) {
 	go f.monitor(ctx, all)
 }
 
-// monitor ends sessions that stall, and all of them when ctx ends.
+// pulse is the clock with which the fleet notices that it does not get to run.
+const pulse = 5 * time.Millisecond
+
+// monitor ends sessions that stall, and all of them when ctx ends. Its clock
+// also measures how long this process was kept from running.
 func (f *Fleet) monitor(ctx context.Context, all <-chan struct{}) {
 	defer close(f.ended)
-	tick := time.NewTicker(min(max(f.opts.StallLimit/8, 5*time.Millisecond), time.Second))
+	tick := time.NewTicker(pulse)
 	defer tick.Stop()
+	checkEvery := min(f.opts.StallLimit/8, time.Second)
+	last := f.now()
+	checked := last
 	cancelled := ctx.Done()
 	for {
 		select {
@@ -63,6 +73,14 @@ func (f *Fleet) monitor(ctx context.Context, all <-chan struct{}) {
 			cancelled = nil
 		case <-tick.C:
 			now := f.now()
+			if late := int64(now - last - pulse); late > f.pause.Load() {
+				f.pause.Store(late)
+			}
+			last = now
+			if now-checked < checkEvery {
+				continue
+			}
+			checked = now
 			for _, c := range f.clients {
 				c.check(now, f.opts.StallLimit)
 			}
@@ -84,6 +102,7 @@ func (f *Fleet) Phase(name string, mayInterrupt bool) {
 		stalls = append(stalls, c.enter(index, mayInterrupt, &ended.report.Counters))
 	}
 	ended.report.StallP99 = p99(stalls)
+	ended.report.ClientPause = time.Duration(f.pause.Swap(0))
 	now := f.now()
 	ended.report.Duration = now - ended.begin
 	f.phases = append(f.phases, phase{
@@ -110,6 +129,7 @@ func (f *Fleet) Snapshot() Report {
 		stalls, worst = append(stalls, s), append(worst, w)
 	}
 	current.StallP99 = p99(stalls)
+	current.ClientPause = time.Duration(f.pause.Load())
 	for i := range r.Phases {
 		r.add(r.Phases[i].Counters)
 	}

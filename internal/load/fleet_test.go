@@ -507,7 +507,7 @@ func TestReportJSON(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, key := range []string{"sessions", "alive", "lost", "unclean", "interrupted", "frames_sent", "frames_checked",
-		"bytes_checked", "wrong_bytes", "bytes_interrupted", "longest_stall_ns", "longest_gap_ns", "stall_p99_ns",
+		"bytes_checked", "wrong_bytes", "bytes_interrupted", "longest_stall_ns", "longest_gap_ns", "stall_p99_ns", "client_pause_ns",
 		"phases", "name", "may_interrupt", "duration_ns"} {
 		if !strings.Contains(string(b), `"`+key+`":`) {
 			t.Errorf("%s is missing in %s", key, b)

@@ -63,6 +63,10 @@ type Counters struct {
 	// StallP99 is the longest stall of the session that has more than 99 % of
 	// the sessions below or at it.
 	StallP99 time.Duration `json:"stall_p99_ns"`
+	// ClientPause is the longest that the clients' own process did not get to
+	// run, as a clock of 5 ms shows it. It is in the stalls: where the two are
+	// about equal, the machine was too busy to tell.
+	ClientPause time.Duration `json:"client_pause_ns"`
 }
 
 func (c *Counters) add(o Counters) {
@@ -73,6 +77,7 @@ func (c *Counters) add(o Counters) {
 	c.BytesInterrupted += o.BytesInterrupted
 	c.LongestStall = max(c.LongestStall, o.LongestStall)
 	c.LongestGap = max(c.LongestGap, o.LongestGap)
+	c.ClientPause = max(c.ClientPause, o.ClientPause)
 }
 
 // p99 is the 99th percentile (nearest rank) of the sessions' longest stalls.
