@@ -1,0 +1,30 @@
+# The targets are the only commands anyone has to know; the work is done by Go
+# programs, so that it is the same everywhere.
+GO ?= go
+BIN ?= bin
+export KERNELS VMTEST_PKG VMTEST_RUN VMTEST_WITHOUT VMTEST_VERBOSE VMTEST_JSON VMTEST_MIRROR KERNEL MODULES
+
+.PHONY: help build demo test vmtest lint bench
+
+help: ## what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## bin/ktlsvisor and the example workers
+	CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN)/ ./cmd/... ./examples/...
+
+demo: build ## everything at once on this machine, with real clients
+	$(BIN)/ktlsvisor demo
+
+test: ## vet, host tests with the race detector, then the guests
+	$(GO) vet ./...
+	$(GO) run ./internal/vmtest/cmd/vmtest -host
+
+vmtest: ## the tests on real kernels in QEMU: KERNELS="6.1 7" VMTEST_PKG= VMTEST_RUN= VMTEST_VERBOSE=1
+	$(GO) run ./internal/vmtest/cmd/vmtest
+
+lint: ## gofmt, vet, staticcheck
+	@bad=$$(gofmt -l .); if [ -n "$$bad" ]; then echo "gofmt -w these files:"; echo "$$bad"; exit 1; fi
+	$(GO) vet ./...
+
+bench: ## benchmarks on this machine
+	$(GO) test -run '^$$' -bench . -benchmem ./...

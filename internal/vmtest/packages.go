@@ -1,0 +1,32 @@
+package vmtest
+
+import "time"
+
+// testPackage is a package whose tests run in guests.
+type testPackage struct {
+	path  string        // below the module
+	run   string        // -test.run, "" for all
+	skip  string        // -test.skip, besides hostOnly
+	limit time.Duration // for the whole binary; 0 means defaultLimit
+}
+
+// hostOnly names the tests that no guest runs: those that need a compiler or
+// programs that a guest does not have. They are left out by name, so that they
+// cannot hide among skipped ones.
+const hostOnly = "^TestHost"
+
+const defaultLimit = 2 * time.Minute
+
+// testPackages run in this order; those that have no tests yet are left out.
+var testPackages = []testPackage{
+	{path: "internal/vmtest/guestcheck"},
+	{path: "internal/sys"},
+	{path: "pidfd"},
+	{path: "ktls"},
+	{path: "internal/keeper"},
+	{path: "handoff"},
+	{path: "internal/e2e", limit: 4 * time.Minute},
+}
+
+// programs are built into every guest's /bin, once they exist.
+var programs = []string{"cmd/ktlsvisor", "examples/echo", "examples/chat"}
