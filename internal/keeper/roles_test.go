@@ -1,0 +1,485 @@
+package keeper
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"go.uber.org/goleak"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+)
+
+// The test binary is its own child: this variable says which part it plays.
+const (
+	envRole   = "KEEPER_TEST_ROLE" // keeper, supervisor, crash, writer
+	envConfig = "KEEPER_TEST_CONFIG"
+	envSocket = "KEEPER_TEST_SOCKET" // where supervisors and writers find the test
+)
+
+// Exit codes of the keeper process that only a broken keeper gives.
+const (
+	exitLeak   = 97 // goroutines or descriptors left after Run
+	exitBroken = 98
+)
+
+func TestMain(m *testing.M) {
+	switch os.Getenv(envRole) {
+	case "keeper":
+		os.Exit(keeperMain())
+	case "supervisor":
+		os.Exit(supervisorMain())
+	case "crash":
+		conn, err := net.Dial("unix", os.Getenv(envSocket))
+		if err == nil {
+			_ = conn.Close()
+		}
+		os.Exit(3)
+	case "writer":
+		os.Exit(writerMain())
+	}
+	os.Exit(m.Run())
+}
+
+// keeperConfig is what a test tells its keeper process.
+type keeperConfig struct {
+	Supervisor []string
+	Role       string // of the children
+	Min, Max   time.Duration
+	Grace      time.Duration
+	LeadWithin time.Duration
+	Nofile     uint64
+}
+
+func keeperMain() int {
+	var tc keeperConfig
+	if err := json.Unmarshal([]byte(os.Getenv(envConfig)), &tc); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return exitBroken
+	}
+	if tc.Nofile > 0 {
+		if err := sys.SetRlimitNofile(os.Getpid(), tc.Nofile); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return exitBroken
+		}
+	}
+	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer cancel()
+	before := countFDs("self")
+	fd, err := sys.SealedMemfd("initial", []byte("initial"))
+	if err != nil {
+		return exitBroken
+	}
+	code, err := Run(ctx, Config{
+		Supervisor: tc.Supervisor,
+		Env:        []string{envRole + "=" + tc.Role, envSocket + "=" + os.Getenv(envSocket), EnvFD + "=99"},
+		Log:        hclog.New(&hclog.LoggerOptions{Level: hclog.Debug, Output: os.Stderr}),
+		Backoff:    Backoff{Min: tc.Min, Max: tc.Max},
+		Grace:      tc.Grace,
+		LeadWithin: tc.LeadWithin,
+		Initial:    []Entry{{Key: Key{Kind: KindBlob, Name: "initial"}, Meta: []byte("m"), FDs: []int{fd}}},
+		Output:     os.Stdout,
+	})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "run:", err)
+	}
+	if after := countFDs("self"); after != before {
+		fmt.Fprintf(os.Stderr, "%d descriptors before Run, %d after\n", before, after)
+		return exitLeak
+	}
+	if err := goleak.Find(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return exitLeak
+	}
+	return code
+}
+
+// countFDs counts a process's descriptors, without the one it takes to count,
+// and without those of this process's Go poller, which exist or not.
+func countFDs(pid string) int {
+	dir, err := os.ReadDir("/proc/" + pid + "/fd")
+	if err != nil {
+		return -1
+	}
+	n := 0
+	for _, e := range dir {
+		to, err := os.Readlink("/proc/" + pid + "/fd/" + e.Name())
+		if err != nil || strings.HasPrefix(to, "anon_inode:[event") {
+			continue
+		}
+		n++
+	}
+	return n
+}
+
+// command is what a test asks of a supervisor or writer process.
+type command struct {
+	Op    string
+	Kind  Kind
+	From  uint64 // first id
+	Count int
+	FDs   int    // descriptors an entry
+	Tag   string // content of the descriptors and of Meta
+	Name  string
+	IDs   []uint64
+	Code  int
+	Raw   []byte
+	N     uint64
+	Wait  time.Duration
+}
+
+// result of a command. Err is empty on success; Is names the sentinel error.
+type response struct {
+	Err, Is     string
+	Pid         int
+	N           int
+	Incarnation uint32
+	Found       []found
+}
+
+type found struct {
+	Key  Key
+	Meta string
+	FDs  []string // contents
+}
+
+var sentinels = map[string]error{
+	"not leader": ErrNotLeader, "led": ErrLed, "full": ErrFull, "ending": ErrEnding, "closed": ErrClosed,
+	"deadline": context.DeadlineExceeded,
+}
+
+func serveCommands(handle func(command) response) int {
+	conn, err := net.Dial("unix", os.Getenv(envSocket))
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer conn.Close()
+	dec, enc := json.NewDecoder(conn), json.NewEncoder(conn)
+	if enc.Encode(response{Pid: os.Getpid()}) != nil {
+		return 1
+	}
+	for {
+		var cmd command
+		if err := dec.Decode(&cmd); err != nil {
+			return 0 // the test ended
+		}
+		if cmd.Op == "exit" {
+			return cmd.Code
+		}
+		if err := enc.Encode(handle(cmd)); err != nil {
+			return 0
+		}
+	}
+}
+
+func supervisorMain() int {
+	fd, err := strconv.Atoi(os.Getenv(EnvFD))
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	client, err := Attach(fd)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	s := &supervisor{c: client}
+	return serveCommands(func(cmd command) response {
+		r, err := s.do(cmd)
+		if err != nil {
+			r.Err = err.Error()
+			for name, sentinel := range sentinels {
+				if errors.Is(err, sentinel) {
+					r.Is = name
+				}
+			}
+		}
+		return r
+	})
+}
+
+type supervisor struct {
+	c       *Client
+	outputs []*os.File
+}
+
+func (s *supervisor) do(cmd command) (r response, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	switch cmd.Op {
+	case "lead":
+		r.Incarnation, err = s.c.Lead(ctx)
+	case "yield":
+		err = s.c.Yield(ctx)
+	case "reclaim":
+		err = s.c.Reclaim(ctx)
+	case "done":
+		err = s.c.Done(ctx, cmd.Code, "bye")
+	case "put":
+		err = s.put(ctx, cmd, func(es []Entry) error { return s.c.Put(ctx, es...) })
+	case "put-and-die":
+		err = s.put(ctx, cmd, func(es []Entry) error {
+			if err := (&batch{entries: es}).start(ctx, s.c); err != nil {
+				return err
+			}
+			return syscall.Kill(os.Getpid(), syscall.SIGKILL)
+		})
+	case "get":
+		r.Found, err = s.get(ctx, cmd)
+	case "list":
+		var es []Entry
+		es, err = s.c.List(ctx, cmd.Kind)
+		r.Found = readAll(es)
+	case "delete":
+		var keys []Key
+		for i := range cmd.Count {
+			keys = append(keys, Key{Kind: cmd.Kind, ID: cmd.From + uint64(i), Name: cmd.Name})
+		}
+		err = s.c.Delete(ctx, keys...)
+	case "fds":
+		r.N = countFDs("self")
+	case "nofile":
+		// The soft limit only, so that it can be raised again.
+		var lim syscall.Rlimit
+		if err = syscall.Getrlimit(syscall.RLIMIT_NOFILE, &lim); err == nil {
+			lim.Cur = min(cmd.N, lim.Max)
+			err = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &lim)
+		}
+	case "successor":
+		r.Pid, err = s.successor(ctx)
+	case "writer":
+		r.Pid, err = s.writer(ctx, cmd)
+	case "raw":
+		r.N, err = s.raw(ctx, cmd)
+	case "hammer":
+		err = s.hammer(ctx)
+	case "terminated":
+		select {
+		case <-s.c.Terminate():
+			r.N = 1
+		case <-time.After(cmd.Wait):
+		}
+	case "closed":
+		select {
+		case <-s.c.Closed():
+			r.N = 1
+		case <-time.After(cmd.Wait):
+		}
+	case "close":
+		err = s.c.Close()
+	default:
+		err = fmt.Errorf("unknown command %q", cmd.Op)
+	}
+	return r, err
+}
+
+// put makes Count entries of FDs memory files each, and closes its copies.
+func (s *supervisor) put(_ context.Context, cmd command, put func([]Entry) error) error {
+	var es []Entry
+	defer func() {
+		for _, e := range es {
+			sys.CloseAll(e.FDs)
+		}
+	}()
+	for i := range cmd.Count {
+		e := Entry{Key: Key{Kind: cmd.Kind, ID: cmd.From + uint64(i), Name: cmd.Name}, Meta: []byte(cmd.Tag)}
+		for j := range cmd.FDs {
+			fd, err := sys.SealedMemfd("test", fmt.Appendf(nil, "%s/%d/%d", cmd.Tag, e.Key.ID, j))
+			if err != nil {
+				return err
+			}
+			e.FDs = append(e.FDs, fd)
+		}
+		es = append(es, e)
+	}
+	return put(es)
+}
+
+func (s *supervisor) get(ctx context.Context, cmd command) ([]found, error) {
+	es, err := s.c.Get(ctx, cmd.Kind, cmd.IDs...)
+	return readAll(es), err
+}
+
+// readAll takes the contents of the entries' descriptors and closes them.
+func readAll(es []Entry) []found {
+	var out []found
+	for _, e := range es {
+		f := found{Key: e.Key, Meta: string(e.Meta)}
+		for _, fd := range e.FDs {
+			data, err := sys.ReadSealedMemfd(fd, 1<<20)
+			if err != nil {
+				data = []byte(err.Error())
+			}
+			f.FDs = append(f.FDs, string(data))
+		}
+		sys.CloseAll(e.FDs)
+		out = append(out, f)
+	}
+	return out
+}
+
+// successor starts a supervisor of its own, as tableflip would.
+func (s *supervisor) successor(ctx context.Context) (pid int, err error) {
+	fd, err := s.c.Successor(ctx)
+	if err != nil {
+		return 0, err
+	}
+	f := os.NewFile(uintptr(fd), "channel")
+	defer f.Close()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = []string{envRole + "=supervisor", envSocket + "=" + os.Getenv(envSocket), EnvFD + "=3"}
+	cmd.ExtraFiles = []*os.File{f}
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	go func() { _ = cmd.Wait() }()
+	return cmd.Process.Pid, nil
+}
+
+// writer starts a worker whose stdout is a pipe that the keeper holds too.
+func (s *supervisor) writer(ctx context.Context, cmd command) (pid int, err error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return 0, err
+	}
+	defer w.Close()
+	s.outputs = append(s.outputs, r) // held open as a supervisor would
+	rc, err := r.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var perr error
+	err = rc.Control(func(fd uintptr) {
+		perr = s.c.Put(ctx, Entry{Key: Key{Kind: KindOutput, ID: cmd.From, Name: cmd.Name}, FDs: []int{int(fd)}})
+	})
+	if err := errors.Join(err, perr); err != nil {
+		return 0, err
+	}
+	child := exec.Command("/proc/self/exe")
+	child.Env = []string{envRole + "=writer", envSocket + "=" + os.Getenv(envSocket)}
+	child.Stdout = w
+	if err := child.Start(); err != nil {
+		return 0, err
+	}
+	go func() { _ = child.Wait() }()
+	return child.Process.Pid, nil
+}
+
+// writerMain writes lines to stdout when told to.
+func writerMain() int {
+	return serveCommands(func(cmd command) response {
+		var r response
+		for i := range cmd.Count {
+			n, err := fmt.Fprintf(os.Stdout, "%s %06d %s\n", cmd.Tag, i, strings.Repeat("x", int(cmd.N)))
+			r.N += n
+			if err != nil {
+				r.Err = err.Error()
+				break
+			}
+		}
+		return r
+	})
+}
+
+// raw sends bytes with Count descriptors on a fresh channel, after HELLO unless
+// Code is 1, and returns 1 when the keeper closed that channel.
+func (s *supervisor) raw(ctx context.Context, cmd command) (int, error) {
+	fd, err := s.c.Successor(ctx)
+	if err != nil {
+		return 0, err
+	}
+	conn, err := sys.NewPacketConn(fd)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	buf := make([]byte, sys.MaxPacket)
+	if err := conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		return 0, err
+	}
+	if cmd.Code != 1 {
+		pidfd, err := sys.OwnPidfd()
+		if err != nil {
+			return 0, err
+		}
+		defer sys.CloseAll([]int{pidfd})
+		b, err := encode(&message{ID: 1, Op: opHello, Version: version})
+		if err != nil {
+			return 0, err
+		}
+		if err := conn.Send(b, []int{pidfd}); err != nil {
+			return 0, err
+		}
+		if _, _, err := conn.Recv(buf); err != nil {
+			return 0, err
+		}
+	}
+	var fds []int
+	defer func() { sys.CloseAll(fds) }()
+	for range cmd.Count {
+		fd, err := sys.SealedMemfd("raw", []byte("raw"))
+		if err != nil {
+			return 0, err
+		}
+		fds = append(fds, fd)
+	}
+	if err := conn.Send(cmd.Raw, fds); err != nil {
+		return 0, err
+	}
+	if _, _, err := conn.Recv(buf); errors.Is(err, io.EOF) {
+		return 1, nil
+	}
+	return 0, nil
+}
+
+// hammer uses one client from many goroutines.
+func (s *supervisor) hammer(ctx context.Context) error {
+	errs := make(chan error, 16)
+	var wg sync.WaitGroup
+	for g := range cap(errs) {
+		wg.Go(func() { errs <- s.hammerOne(ctx, uint64(g)*1000) })
+	}
+	wg.Wait()
+	close(errs)
+	var all error
+	for err := range errs {
+		all = errors.Join(all, err)
+	}
+	return all
+}
+
+func (s *supervisor) hammerOne(ctx context.Context, base uint64) error {
+	for round := range 10 {
+		tag := strconv.Itoa(round)
+		cmd := command{Kind: KindSocket, From: base, Count: 5, FDs: 2, Tag: tag}
+		if err := s.put(ctx, cmd, func(es []Entry) error { return s.c.Put(ctx, es...) }); err != nil {
+			return err
+		}
+		got, err := s.get(ctx, command{Kind: KindSocket, IDs: []uint64{base, base + 4}})
+		if err != nil {
+			return err
+		}
+		if len(got) != 2 || got[0].Meta != tag || got[1].FDs[1] != fmt.Sprintf("%s/%d/1", tag, base+4) {
+			return fmt.Errorf("round %d at %d: got %+v", round, base, got)
+		}
+		if err := s.c.Delete(ctx, Key{Kind: KindSocket, ID: base + 2}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
