@@ -47,6 +47,7 @@ type kernelLayer struct {
 		n    int
 		err  error
 	}
+	alerted bool // an alert was sent, so a shutdown may follow
 
 	// A received record that the kernel cannot open fails the next system call on the
 	// socket, whichever direction it is of. When that is a write, the error is kept
@@ -318,9 +319,6 @@ func (l *kernelLayer) write(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// writeControl sends a record of another type. Unlike data, an alert is the last
-// thing before a shutdown, which drops what the kernel has sealed and not handed to
-// TCP yet; so with wait it also waits until nothing is left.
 func (l *kernelLayer) writeControl(typ recordType, p []byte, wait bool) (taken bool, err error) {
 	for off := 0; off < len(p); {
 		n, err := l.send(typ, p[off:], wait)
@@ -330,10 +328,8 @@ func (l *kernelLayer) writeControl(typ recordType, p []byte, wait bool) (taken b
 		}
 		off += n
 	}
-	if typ == typeAlert && wait {
-		return true, l.drain()
-	}
-	return true, nil
+	l.alerted = l.alerted || typ == typeAlert
+	return true, l.flush(wait)
 }
 
 // send seals and sends once, waiting for room if wants be.
@@ -381,8 +377,15 @@ func (l *kernelLayer) tryWrite(fd uintptr) bool {
 	return o.err != sys.EAGAIN || !o.wait
 }
 
-// flush has nothing to do: the kernel sends what it has sealed by itself.
-func (l *kernelLayer) flush(bool) error { return nil }
+// flush has nothing to do while the session is open: the kernel sends what it has
+// sealed by itself. After an alert comes a shutdown, which drops what the kernel has
+// sealed and not handed to TCP; so then, with wait, it waits until nothing is left.
+func (l *kernelLayer) flush(wait bool) error {
+	if !l.alerted || !wait {
+		return nil
+	}
+	return l.drain()
+}
 
 // drainLimit bounds drain where the caller set no write deadline.
 const drainLimit = 5 * time.Second

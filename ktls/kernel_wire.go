@@ -16,11 +16,12 @@ import (
 // Positions are those of sys.TCPWritten, which stay the same for the life of a
 // connection, so they can travel with a session.
 type wirePosition struct {
-	base  uint64 // position after record seq-1; 0: not known
+	known bool
+	base  uint64 // position after record seq-1
 	seq   uint64
 	plain uint64 // bytes taken since then
 
-	// Where base is not known: the position seen last, and since when.
+	// Where it is not known: the position seen last, and since when.
 	still      uint64
 	stillSince time.Time
 }
@@ -32,10 +33,7 @@ const stillLongEnough = 50 * time.Millisecond
 // start notes the position before the first record.
 func (w *wirePosition) start(fd int, seq uint64) {
 	base, err := sys.TCPWritten(fd)
-	if err != nil {
-		base = 0
-	}
-	*w = wirePosition{base: base, seq: seq}
+	*w = wirePosition{known: err == nil, base: base, seq: seq}
 }
 
 // resume goes on from an exported position, if the exporter was the last to write.
@@ -43,13 +41,14 @@ func (w *wirePosition) start(fd int, seq uint64) {
 func (w *wirePosition) resume(fd int, c kernelCipher, base, seq uint64) {
 	*w = wirePosition{}
 	if now, err := sendSeq(fd, c); err == nil && base != 0 && now == seq {
-		*w = wirePosition{base: base, seq: seq}
+		*w = wirePosition{known: true, base: base, seq: seq}
 	}
 }
 
-// position returns what resume wants; 0, 0 when it is not known.
+// position returns what resume wants; 0, 0 when it is not known. It is never 0
+// otherwise, since the handshake was in front.
 func (w *wirePosition) position(fd int, c kernelCipher, version uint16) (end, seq uint64) {
-	if w.base == 0 {
+	if !w.known {
 		return 0, 0
 	}
 	seq, err := sendSeq(fd, c)

@@ -292,12 +292,26 @@ func IsWritable(fd int) bool {
 	return err == nil && n == 1 && fds[0].Revents&unix.POLLOUT != 0
 }
 
+// PeerFinished reports that the peer's FIN has arrived on a TCP socket, read or not.
+func PeerFinished(fd int) (bool, error) {
+	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	if err != nil {
+		return false, fmt.Errorf("TCP_INFO: %w", err)
+	}
+	switch info.State {
+	case tcpCloseWait, tcpLastAck, tcpClosing, tcpTimeWait, tcpClose:
+		return true, nil
+	}
+	return false, nil
+}
+
 // From the kernel's include/net/tcp_states.h.
 const (
-	tcpFinWait1 = 4
-	tcpFinWait2 = 5
-	tcpTimeWait = 6
-	tcpClose    = 7
-	tcpLastAck  = 9
-	tcpClosing  = 11
+	tcpFinWait1  = 4
+	tcpFinWait2  = 5
+	tcpTimeWait  = 6
+	tcpClose     = 7
+	tcpCloseWait = 8
+	tcpLastAck   = 9
+	tcpClosing   = 11
 )
