@@ -104,6 +104,11 @@ type Config struct {
 	// HandshakeTimeout bounds the whole handshake; 0 is DefaultHandshakeTimeout.
 	HandshakeTimeout time.Duration
 
+	// OnHandshakeError, if set, is told of every connection that a listener of
+	// NewListener dropped, usually a *HandshakeError. It is called from several
+	// goroutines and should return soon.
+	OnHandshakeError func(error)
+
 	mu     sync.Mutex
 	base   *tls.Config // what servers handshake with; owns the automatic ticket keys
 	baseOf *tls.Config // the TLS it was made from

@@ -1,55 +1,411 @@
 package ktls
 
 import (
-	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
+	"io"
 	"net"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
 // MaxQueued is the largest number of plaintext bytes QueueWrite keeps.
 const MaxQueued = 1 << 20
 
-// Conn is an established TLS session over one of the record layers.
+// Conn is an established TLS session over one of the record layers: a net.Conn.
+// One goroutine may read while another writes; each direction has its own lock.
+//
+// A Read or Write that a deadline ends loses nothing, at whatever byte of whatever
+// record it was: the session goes on with the next call, or in another process
+// after Detach and Import. Errors other than os.ErrDeadlineExceeded are final for
+// their direction.
 type Conn struct {
-	sock  Socket
-	layer recordLayer
+	sock          Socket
+	layer         recordLayer
+	facts         *facts // never modified
+	p             params
+	local, remote net.Addr
+
+	rmu      sync.Mutex // reading; taken before wmu where both are needed
+	rerr     error      // final; what rxEnd says in the words of Read
+	rxEnd    ending
+	unread   []byte // pushed back by Unread
+	hand     []byte // part of a handshake message that goes on in the next record
+	floods   floods
+	rxUsed   uint64 // of the key's limit, see usage
+	rxGen    uint64 // generations of the key since the handshake
+	rxAsked  bool   // we asked the peer for a new key
+	buffered atomic.Int64
+
+	wmu     sync.Mutex // writing
+	werr    error      // final
+	txEnd   ending
+	queued  []byte // plaintext, not sealed
+	txUsed  uint64
+	txGen   uint64
+	pending atomic.Int64
+
+	limit   uint64                // of use of one key, in 16-byte blocks; 0: none
+	owed    atomic.Uint32         // control records that the writing side must send
+	fatal   atomic.Pointer[error] // ends both directions
+	closed  atomic.Bool           // by Close or Detach; set under dmu
+	dmu     sync.Mutex            // deadlines, which nobody changes once closed
+	secrets *secrets              // kernel layer, in the process that made the handshake
 }
 
-var errTODO = errors.New("not built yet")
+// ending says how a direction of a session ended.
+type ending uint8
 
-func Server(ctx context.Context, c *net.TCPConn, cfg *Config) (*Conn, error) { return nil, errTODO }
-func Client(ctx context.Context, c *net.TCPConn, cfg *Config) (*Conn, error) { return nil, errTODO }
-func NewListener(inner *net.TCPListener, cfg *Config) net.Listener          { return inner }
-func Import(sock Socket, facts, record []byte) (*Conn, error)               { return nil, errTODO }
+const (
+	endOpen   ending = iota
+	endNotify        // close_notify
+	endFIN           // receiving: FIN without close_notify; sending: close_notify and FIN
+)
 
-func (c *Conn) Read(p []byte) (int, error)           { return 0, errTODO }
-func (c *Conn) Write(p []byte) (int, error)          { return 0, errTODO }
-func (c *Conn) Close() error                         { return errTODO }
-func (c *Conn) CloseWrite() error                    { return errTODO }
-func (c *Conn) LocalAddr() net.Addr                  { return nil }
-func (c *Conn) RemoteAddr() net.Addr                 { return nil }
-func (c *Conn) SetDeadline(t time.Time) error        { return errTODO }
-func (c *Conn) SetReadDeadline(t time.Time) error    { return errTODO }
-func (c *Conn) SetWriteDeadline(t time.Time) error   { return errTODO }
-func (c *Conn) ConnectionState() tls.ConnectionState { return tls.ConnectionState{} }
-func (c *Conn) Layer() Layer                         { return LayerSoftware }
-func (c *Conn) LayerReason() string                  { return "" }
-func (c *Conn) Unread(p []byte)                      {}
-func (c *Conn) Buffered() int                        { return 0 }
-func (c *Conn) QueueWrite(p []byte) error            { return errTODO }
-func (c *Conn) Pending() int                         { return 0 }
-func (c *Conn) Flush() error                         { return errTODO }
-func (c *Conn) Socket() Socket                       { return c.sock }
-func (c *Conn) KeyUpdate(requestPeer bool) error     { return errTODO }
-func (c *Conn) Detach() (Socket, *State, error)      { return nil, nil, errTODO }
+var _ net.Conn = (*Conn)(nil)
 
-// State is a detached session.
-type State struct{}
+func newConn(sock Socket, layer recordLayer, p params, f *facts) *Conn {
+	c := &Conn{sock: sock, layer: layer, facts: f, p: p, limit: keyLimit(p)}
+	return c
+}
 
-func (s *State) MarshalFacts() ([]byte, error)   { return nil, errTODO }
-func (s *State) MarshalRecord() ([]byte, error)  { return nil, errTODO }
-func (s *State) MarshalSecrets() ([]byte, error) { return nil, errTODO }
-func (s *State) Layer() Layer                    { return LayerSoftware }
-func (s *State) Wipe()                           {}
+// Read reads plaintext. io.EOF means that the peer sent close_notify; a FIN
+// without it is ErrTruncated. A record that breaks the protocol is answered with
+// its alert and is an *AlertError.
+func (c *Conn) Read(p []byte) (int, error) {
+	c.rmu.Lock()
+	defer c.rmu.Unlock()
+	if c.closed.Load() {
+		return 0, net.ErrClosed
+	}
+	n, err := c.read(p)
+	c.noteBuffered()
+	return n, err
+}
+
+func (c *Conn) read(p []byte) (int, error) {
+	if len(c.unread) > 0 {
+		n := copy(p, c.unread)
+		c.unread = c.unread[n:]
+		if len(c.unread) == 0 {
+			c.unread = nil
+		}
+		return n, nil
+	}
+	if err := c.readEnd(); err != nil || len(p) == 0 {
+		return 0, err
+	}
+	for {
+		c.settle()
+		n, ctl, err := c.layer.read(p)
+		switch {
+		case err != nil:
+			return 0, c.readFailed(err)
+		case ctl.typ != 0 || n == 0:
+			c.rxUsed += usage(len(ctl.data))
+			if err := c.handleControl(ctl); err != nil {
+				return 0, err
+			}
+		default:
+			if err := c.handleData(n); err != nil {
+				return 0, err
+			}
+			return n, nil
+		}
+	}
+}
+
+// readEnd is why nothing more can be read, or nil.
+func (c *Conn) readEnd() error {
+	if c.rerr != nil {
+		return c.rerr
+	}
+	if f := c.fatal.Load(); f != nil {
+		return *f
+	}
+	return nil
+}
+
+// readFailed turns an error of the layer into one of Read.
+func (c *Conn) readFailed(err error) error {
+	var rec *recordError
+	switch {
+	case c.closed.Load():
+		return net.ErrClosed
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return os.ErrDeadlineExceeded
+	case errors.Is(err, io.EOF):
+		c.rerr, c.rxEnd = ErrTruncated, endFIN
+		return c.rerr
+	case errors.As(err, &rec):
+		return c.fail(rec.alert, rec.what)
+	case errors.Is(err, ErrKeyLimit):
+		return c.endCleanly(ErrKeyLimit)
+	}
+	err = c.opError("read", err)
+	c.fatal.CompareAndSwap(nil, &err)
+	return err
+}
+
+func (c *Conn) opError(op string, err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return net.ErrClosed
+	}
+	return &net.OpError{Op: op, Net: "tcp", Source: c.local, Addr: c.remote, Err: err}
+}
+
+func (c *Conn) noteBuffered() { c.buffered.Store(int64(len(c.unread) + c.layer.buffered())) }
+
+// Write sends p. With a deadline's error it returns how many bytes it took; those
+// are sealed or in the socket and reach the peer with the next Write or Flush, or
+// after a move, and must not be written again.
+func (c *Conn) Write(p []byte) (int, error) {
+	c.wmu.Lock()
+	defer c.unlockWrite()
+	if err := c.flush(); err != nil {
+		return 0, err
+	}
+	return c.send(p)
+}
+
+// writeChunk bounds how far a Write goes without looking at the limit of the key
+// and at what the reading side owes the peer.
+const writeChunk = 256 << 10
+
+// send seals and sends p, after everything that was pending.
+func (c *Conn) send(p []byte) (int, error) {
+	taken := 0
+	for taken < len(p) {
+		if err := c.writable(); err != nil {
+			return taken, err
+		}
+		chunk := p[taken:min(len(p), taken+writeChunk)]
+		if err := c.mayUse(usage(len(chunk))); err != nil {
+			return taken, err
+		}
+		n, err := c.layer.write(chunk)
+		c.txUsed += usage(n)
+		taken += n
+		if err != nil {
+			return taken, c.writeFailed(err)
+		}
+	}
+	return taken, nil
+}
+
+// writable pays what is owed and says why nothing may be written, or nil.
+func (c *Conn) writable() error {
+	if c.closed.Load() {
+		return net.ErrClosed
+	}
+	if c.owed.Load() != 0 {
+		if err := c.payOwed(true); err != nil {
+			return c.writeFailed(err)
+		}
+	}
+	if f := c.fatal.Load(); f != nil {
+		return *f
+	}
+	return c.werr
+}
+
+func (c *Conn) writeFailed(err error) error {
+	switch {
+	case c.closed.Load():
+		return net.ErrClosed
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return os.ErrDeadlineExceeded
+	case errors.Is(err, ErrKeyLimit):
+		return c.endWrite(ErrKeyLimit)
+	}
+	// The receiving side may still hold what the peer sent before it went away.
+	c.werr = c.opError("write", err)
+	return c.werr
+}
+
+// Flush sends what is pending: sealed bytes first, then what QueueWrite took.
+func (c *Conn) Flush() error {
+	c.wmu.Lock()
+	defer c.unlockWrite()
+	return c.flush()
+}
+
+func (c *Conn) flush() error {
+	if err := c.writable(); err != nil {
+		if errors.Is(err, errWriteClosed) && c.layer.unsent() > 0 && !c.closed.Load() {
+			return c.flushLayer() // the rest of close_notify
+		}
+		return err
+	}
+	if err := c.flushLayer(); err != nil {
+		return err
+	}
+	if len(c.queued) == 0 {
+		return nil
+	}
+	n, err := c.send(c.queued)
+	c.queued = c.queued[n:]
+	if len(c.queued) == 0 {
+		c.queued = nil
+	}
+	return err
+}
+
+func (c *Conn) flushLayer() error {
+	if err := c.layer.flush(true); err != nil {
+		return c.writeFailed(err)
+	}
+	return nil
+}
+
+// unlockWrite ends a writing section. The reading side may have found the lock
+// taken when it had something to send; that is sent here as far as the socket
+// takes it.
+func (c *Conn) unlockWrite() {
+	for {
+		c.notePending()
+		c.wmu.Unlock()
+		if c.owed.Load() == 0 || c.closed.Load() || !c.wmu.TryLock() {
+			return
+		}
+		if c.payOwed(false) != nil {
+			c.notePending()
+			c.wmu.Unlock()
+			return
+		}
+	}
+}
+
+func (c *Conn) notePending() { c.pending.Store(int64(len(c.queued) + c.layer.unsent())) }
+
+// settle tries, without waiting, to send what the reading side owes or left.
+func (c *Conn) settle() {
+	if c.owed.Load() == 0 && c.pending.Load() == 0 || !c.wmu.TryLock() {
+		return
+	}
+	if c.payOwed(false) == nil && c.layer.unsent() > 0 {
+		_ = c.layer.flush(false) // a final error shows in the next Write
+	}
+	c.unlockWrite()
+}
+
+// Unread pushes plaintext back, to be read before anything else. It copies p. It
+// waits for a Read in progress.
+func (c *Conn) Unread(p []byte) {
+	c.rmu.Lock()
+	defer c.rmu.Unlock()
+	if c.closed.Load() || len(p) == 0 {
+		return
+	}
+	c.unread = append(slices.Clone(p), c.unread...)
+	c.noteBuffered()
+}
+
+// Buffered is the number of plaintext bytes that the next Read gives without
+// looking at the socket.
+func (c *Conn) Buffered() int { return int(c.buffered.Load()) }
+
+// QueueWrite appends a copy of p to the unsent output, without sending: the next
+// Flush or Write does, here or after a move. It waits for a Write in progress.
+// Above MaxQueued bytes in all it takes nothing and returns ErrQueueFull.
+func (c *Conn) QueueWrite(p []byte) error {
+	c.wmu.Lock()
+	defer c.unlockWrite()
+	switch {
+	case c.closed.Load():
+		return net.ErrClosed
+	case c.werr != nil:
+		return c.werr
+	case len(c.queued)+len(p) > MaxQueued:
+		return ErrQueueFull
+	}
+	if f := c.fatal.Load(); f != nil {
+		return *f
+	}
+	c.queued = append(c.queued, p...)
+	return nil
+}
+
+// Pending is the number of unsent output bytes this Conn keeps: sealed ones and
+// queued plaintext. What is in the socket does not count.
+func (c *Conn) Pending() int { return int(c.pending.Load()) }
+
+// Socket returns what the session runs over, which the Conn still owns. Reading
+// or writing it breaks the session.
+func (c *Conn) Socket() Socket { return c.sock }
+
+// Layer says where records are sealed and opened.
+func (c *Conn) Layer() Layer { return c.layer.kind() }
+
+// LayerReason says why ModeAuto chose software; "" in the kernel layer and when
+// software was asked for.
+func (c *Conn) LayerReason() string { return c.facts.Reason }
+
+// ConnectionState returns the session's facts as crypto/tls reported them, for the
+// life of the session and after every move. Its ExportKeyingMaterial must not be
+// called: the exporter's secret stays behind in the handshake.
+func (c *Conn) ConnectionState() tls.ConnectionState { return c.facts.connectionState() }
+
+// LocalAddr returns the address of this end.
+func (c *Conn) LocalAddr() net.Addr { return c.local }
+
+// RemoteAddr returns the peer's address.
+func (c *Conn) RemoteAddr() net.Addr { return c.remote }
+
+// SetDeadline sets both deadlines.
+func (c *Conn) SetDeadline(t time.Time) error { return c.deadline(c.sock.SetDeadline, t) }
+
+// SetReadDeadline bounds pending and later Reads.
+func (c *Conn) SetReadDeadline(t time.Time) error { return c.deadline(c.sock.SetReadDeadline, t) }
+
+// SetWriteDeadline bounds pending and later Writes.
+func (c *Conn) SetWriteDeadline(t time.Time) error { return c.deadline(c.sock.SetWriteDeadline, t) }
+
+func (c *Conn) deadline(set func(time.Time) error, t time.Time) error {
+	c.dmu.Lock()
+	defer c.dmu.Unlock()
+	if c.closed.Load() {
+		return net.ErrClosed
+	}
+	return socketError(set(t))
+}
+
+// addresses takes the addresses from the socket, which knows best, and else from
+// the facts.
+func (c *Conn) addresses() error {
+	if tc, ok := c.sock.(interface {
+		LocalAddr() net.Addr
+		RemoteAddr() net.Addr
+	}); ok {
+		c.local, c.remote = tc.LocalAddr(), tc.RemoteAddr()
+		return nil
+	}
+	rc, err := c.sock.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("session socket: %w", err)
+	}
+	var local, remote *net.TCPAddr
+	if err := rc.Control(func(fd uintptr) {
+		local, remote, err = sys.SocketAddrs(int(fd))
+	}); err != nil {
+		return fmt.Errorf("session socket: %w", err)
+	}
+	if local != nil {
+		c.local = local
+	}
+	if remote != nil {
+		c.remote = remote
+	} else {
+		c.remote = c.facts.remoteAddr()
+	}
+	if err != nil && !errors.Is(err, sys.ENOTCONN) {
+		return fmt.Errorf("session socket: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,251 @@
+package ktls
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"syscall"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+)
+
+// softLayer seals and opens records in this process.
+type softLayer struct {
+	rc syscall.RawConn
+	rx softReader
+	tx softWriter
+}
+
+// newSoftLayer takes over the keys in tx and rx, which may be at any sequence
+// number. It does not own sock.
+func newSoftLayer(sock Socket, p params, tx, rx direction) (*softLayer, error) {
+	suite, err := lookupSuite(p.version, p.suite)
+	if err != nil {
+		return nil, err
+	}
+	if err := softwareWorks(); err != nil {
+		return nil, err
+	}
+	rc, err := sock.SyscallConn()
+	if err != nil {
+		return nil, fmt.Errorf("session socket: %w", err)
+	}
+	l := &softLayer{rc: rc}
+	l.rx.half = half{suite: suite, dir: rx}
+	l.tx.half = half{suite: suite, dir: tx}
+	l.rx.recv = l.rx.recvFD
+	l.tx.sendWait = l.tx.sendFD
+	l.tx.sendNow = func(fd uintptr) { l.tx.sendFD(fd) }
+	return l, nil
+}
+
+func (l *softLayer) kind() Layer    { return LayerSoftware }
+func (l *softLayer) canRekey() bool { return l.rx.suite.version == tls.VersionTLS13 }
+
+func (l *softLayer) rekeyRead() error  { return l.rx.rekey() }
+func (l *softLayer) rekeyWrite() error { return l.tx.rekey() }
+
+func (l *softLayer) export(st *layerState) {
+	st.tx, st.rx = l.tx.dir, l.rx.dir
+	l.tx.dir, l.rx.dir = direction{}, direction{}
+	st.raw = append([]byte(nil), l.rx.raw()...)
+	st.plain = append([]byte(nil), l.rx.plain...)
+	st.sealed = append([]byte(nil), l.tx.kept()...)
+}
+
+// restore puts back what export took, except for the keys.
+func (l *softLayer) restore(st *layerState) {
+	if n := len(st.raw) + len(st.plain); n > 0 {
+		l.rx.buf = getBuffer(n)
+		// Opened bytes first: they are consumed before anything is moved.
+		k := copy(l.rx.buf.b, st.plain)
+		l.rx.plain = l.rx.buf.b[:k]
+		l.rx.start = k
+		l.rx.end = k + copy(l.rx.buf.b[k:], st.raw)
+	}
+	if n := len(st.sealed); n > 0 {
+		l.tx.buf = getBuffer(n)
+		l.tx.end = copy(l.tx.buf.b, st.sealed)
+	}
+}
+
+func (l *softLayer) wipe() {
+	l.rx.half.wipe()
+	l.tx.half.wipe()
+	l.rx.start, l.rx.end, l.rx.plain = 0, 0, nil
+	l.rx.release()
+	l.tx.start, l.tx.end = 0, 0
+	l.tx.release()
+}
+
+// socketError puts an error of the socket or the poller into the words that net
+// uses, so that callers can compare with os.ErrDeadlineExceeded and net.ErrClosed.
+func socketError(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return os.ErrDeadlineExceeded
+	case errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrClosed):
+		return net.ErrClosed
+	}
+	return err
+}
+
+// softReader is the receiving half. buf[start:end] was received and not opened;
+// plain, a part of buf before start, was opened and not read.
+type softReader struct {
+	half
+	buf        *buffer // nil when nothing is in progress
+	start, end int
+	plain      []byte
+
+	recv func(fd uintptr) bool // recvFD, bound once so that reading does not allocate
+	got  int
+	err  error
+}
+
+func (r *softReader) raw() []byte {
+	if r.buf == nil {
+		return nil
+	}
+	return r.buf.b[r.start:r.end]
+}
+
+// release gives the buffer back when nothing is left in it.
+func (r *softReader) release() {
+	if r.buf != nil && r.start == r.end && len(r.plain) == 0 {
+		putBuffer(r.buf)
+		r.buf, r.start, r.end, r.plain = nil, 0, 0, nil
+	}
+}
+
+func (l *softLayer) buffered() int { return len(l.rx.plain) }
+
+func (l *softLayer) read(p []byte) (int, control, error) {
+	r := &l.rx
+	for {
+		if len(r.plain) > 0 {
+			n := copy(p, r.plain)
+			r.plain = r.plain[n:]
+			r.release()
+			return n, control{}, nil
+		}
+		rec, err := r.whole()
+		if err != nil {
+			return 0, control{}, err
+		}
+		if rec == nil {
+			if err := r.fill(l.rc); err != nil {
+				return 0, control{}, err
+			}
+			continue
+		}
+		typ, plain, err := r.open(rec, p)
+		if err != nil {
+			return 0, control{}, err
+		}
+		r.start += len(rec)
+		if typ != typeData {
+			// A control record's buffer stays until the next call: data points into it.
+			return 0, control{typ, plain}, nil
+		}
+		if len(plain) > 0 && len(p) > 0 && &plain[0] == &p[0] {
+			r.release()
+			return len(plain), control{}, nil
+		}
+		r.plain = plain
+		if len(plain) == 0 {
+			r.release()
+			return 0, control{}, nil
+		}
+	}
+}
+
+// whole returns the next record when all of it is here, nil when it is not.
+func (r *softReader) whole() ([]byte, error) {
+	raw := r.raw()
+	if len(raw) < recordHeaderLen {
+		return nil, nil
+	}
+	n, rerr := r.checkHeader(raw)
+	if rerr != nil {
+		return nil, rerr
+	}
+	if len(raw) < recordHeaderLen+n {
+		return nil, nil
+	}
+	return raw[:recordHeaderLen+n], nil
+}
+
+// fill receives more, at least one byte.
+func (r *softReader) fill(rc syscall.RawConn) error {
+	r.release()
+	r.got, r.err = 0, nil
+	if err := rc.Read(r.recv); err != nil {
+		r.park()
+		return socketError(err)
+	}
+	if r.err != nil {
+		r.park()
+		return r.err
+	}
+	if r.got == 0 {
+		r.park()
+		return io.EOF
+	}
+	r.end += r.got
+	return nil
+}
+
+// recvFD is called by the poller, first at once and then whenever the socket may
+// be readable. While it waits, the session holds no more than its half record.
+func (r *softReader) recvFD(fd uintptr) bool {
+	r.unpark()
+	r.got, r.err = sys.Recv(fd, r.buf.b[r.end:])
+	if r.err == sys.EAGAIN { //nolint:errorlint // Recv does not wrap, and this is the hot path
+		r.park()
+		return false
+	}
+	return true
+}
+
+// unpark makes room to receive into.
+func (r *softReader) unpark() {
+	switch {
+	case r.buf == nil:
+		r.buf = bigPool.Get().(*buffer)
+	case len(r.buf.b) != bigBuf:
+		b := bigPool.Get().(*buffer)
+		r.end = copy(b.b, r.raw())
+		r.start = 0
+		putBuffer(r.buf)
+		r.buf = b
+	case r.start > 0:
+		// The rest of a record always fits behind what is here already.
+		r.end = copy(r.buf.b, r.raw())
+		r.start = 0
+	}
+}
+
+// park leaves the half record in the smallest buffer that fits.
+func (r *softReader) park() {
+	if r.buf == nil {
+		return
+	}
+	n := r.end - r.start
+	if n == 0 {
+		r.release()
+		return
+	}
+	if len(r.buf.b) != bigBuf || n > midBuf {
+		return
+	}
+	b := getBuffer(n)
+	copy(b.b, r.raw())
+	putBuffer(r.buf)
+	r.buf, r.start, r.end = b, 0, n
+}

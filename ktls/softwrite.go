@@ -1,0 +1,139 @@
+package ktls
+
+import (
+	"errors"
+	"os"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+)
+
+// softWriter is the sending half. buf[start:end] was sealed and not sent: it goes
+// out as these bytes or never, because its sequence numbers are used up.
+type softWriter struct {
+	half
+	buf        *buffer // nil when nothing is kept
+	start, end int
+
+	sendWait func(fd uintptr) bool // sendFD, bound once so that writing does not allocate
+	sendNow  func(fd uintptr)
+	err      error
+}
+
+func (w *softWriter) kept() []byte {
+	if w.buf == nil {
+		return nil
+	}
+	return w.buf.b[w.start:w.end]
+}
+
+func (w *softWriter) release() {
+	if w.buf != nil && w.start == w.end {
+		putBuffer(w.buf)
+		w.buf, w.start, w.end = nil, 0, 0
+	}
+}
+
+// room makes sure that n more bytes fit behind what is kept.
+func (w *softWriter) room(n int) {
+	if w.buf == nil {
+		w.buf, w.start, w.end = getBuffer(n), 0, 0
+		return
+	}
+	if len(w.buf.b)-w.end >= n {
+		return
+	}
+	kept := w.kept()
+	if len(w.buf.b) < len(kept)+n {
+		b := getBuffer(len(kept) + n)
+		copy(b.b, kept)
+		putBuffer(w.buf)
+		w.buf = b
+	} else {
+		copy(w.buf.b, kept)
+	}
+	w.start, w.end = 0, len(kept)
+}
+
+func (w *softWriter) sealNext(typ recordType, p []byte) error {
+	n, err := w.seal(w.buf.b[w.end:], typ, p)
+	w.end += n
+	return err
+}
+
+// sendFD sends as much as the socket takes. It reports whether it is done, well
+// or badly.
+func (w *softWriter) sendFD(fd uintptr) bool {
+	for w.start < w.end {
+		n, err := sys.Send(fd, w.buf.b[w.start:w.end])
+		if err != nil {
+			w.err = err
+			return err != sys.EAGAIN //nolint:errorlint // Send does not wrap, and this is the hot path
+		}
+		w.start += n
+	}
+	w.err = nil
+	return true
+}
+
+func (l *softLayer) unsent() int { return len(l.tx.kept()) }
+
+func (l *softLayer) flush(wait bool) error {
+	w := &l.tx
+	if w.start == w.end {
+		return nil
+	}
+	var err error
+	if wait {
+		err = l.rc.Write(w.sendWait)
+	} else {
+		err = l.rc.Control(w.sendNow)
+	}
+	if err == nil {
+		err = w.err
+	}
+	w.release()
+	switch {
+	case err == nil:
+		return nil
+	case !wait && (errors.Is(err, sys.EAGAIN) || errors.Is(err, os.ErrDeadlineExceeded)):
+		return errWouldBlock
+	}
+	return socketError(err)
+}
+
+func (l *softLayer) write(p []byte) (int, error) {
+	if err := l.flush(true); err != nil {
+		return 0, err
+	}
+	w := &l.tx
+	taken := 0
+	for taken < len(p) {
+		// Several full records a system call, but never more than one buffer.
+		batch := min(len(p)-taken, bigBuf/w.sealedLen(maxPlaintext)*maxPlaintext)
+		records := (batch + maxPlaintext - 1) / maxPlaintext
+		w.room(batch + records*w.sealedLen(0))
+		for batch > 0 {
+			n := min(batch, maxPlaintext)
+			if err := w.sealNext(typeData, p[taken:taken+n]); err != nil {
+				w.release()
+				return taken, err
+			}
+			taken += n
+			batch -= n
+		}
+		if err := l.flush(true); err != nil {
+			return taken, err
+		}
+	}
+	return taken, nil
+}
+
+func (l *softLayer) writeControl(typ recordType, p []byte, wait bool) (bool, error) {
+	w := &l.tx
+	w.room(w.sealedLen(len(p)))
+	if err := w.sealNext(typ, p); err != nil {
+		w.release()
+		return false, err
+	}
+	return true, l.flush(wait)
+}

@@ -1,0 +1,264 @@
+package ktls
+
+import (
+	"crypto/tls"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"io"
+	"net"
+	"slices"
+	"strings"
+)
+
+// wire is the connection as crypto/tls sees it during the handshake. It gives no
+// byte past the record that was asked for, so that nothing of the session after
+// the handshake is lost in a dropped tls.Conn, and watches the records that go by
+// for what the public API of crypto/tls does not tell: the server's random, and
+// how many records each side sent under the session's keys.
+//
+// Only the goroutine that runs the handshake uses it: crypto/tls reads, writes and
+// logs keys there.
+type wire struct {
+	net.Conn
+	client bool
+
+	hdr  [recordHeaderLen]byte // of the record being read
+	hdrN int
+	left int    // bytes of its body still to come
+	body []byte // its body, when it is being kept
+
+	started bool // a first record header was read
+	notTLS  bool // and it was none
+
+	hello        helloReader
+	in, out      afterCCS
+	clientRandom []byte
+	master       []byte // TLS 1.2
+	clientSecret []byte // TLS 1.3: CLIENT_TRAFFIC_SECRET_0
+	serverSecret []byte
+	is13         bool // the key log has spoken of TLS 1.3
+
+	// opener counts a TLS 1.3 server's records under the application key: session
+	// tickets, of which crypto/tls writes none, one or more with its Finished or
+	// after the client's. Which records those are shows only by trying the key.
+	opener  *half
+	scratch *buffer
+	err     error // why the count cannot be trusted
+
+	keyLog io.Writer // the user's own
+}
+
+// afterCCS keeps the records of one direction after its ChangeCipherSpec in TLS
+// 1.2: the Finished, and nothing else if both sides behave.
+type afterCCS struct {
+	ccs  bool
+	recs [][]byte
+	size int
+}
+
+// maxFinished bounds what is kept of a peer that cuts its Finished into pieces.
+const maxFinished = 2 * (recordHeaderLen + maxCiphertext12)
+
+var errFinished = errors.New("more than a Finished message after ChangeCipherSpec")
+
+func (a *afterCCS) add(rec []byte) error {
+	if a.size += len(rec); a.size > maxFinished || len(a.recs) >= 64 {
+		return errFinished
+	}
+	a.recs = append(a.recs, slices.Clone(rec))
+	return nil
+}
+
+// NetConn returns the TCP connection, for callbacks that look for it.
+func (w *wire) NetConn() net.Conn { return w.Conn }
+
+func (w *wire) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if w.hdrN < recordHeaderLen {
+		n, err := w.Conn.Read(p[:min(len(p), recordHeaderLen-w.hdrN)])
+		w.hdrN += copy(w.hdr[w.hdrN:], p[:n])
+		if w.hdrN == recordHeaderLen {
+			w.header()
+		}
+		return n, err
+	}
+	n, err := w.Conn.Read(p[:min(len(p), w.left)])
+	if w.keepsBody() {
+		w.body = append(w.body, p[:n]...)
+	}
+	if w.left -= n; w.left == 0 {
+		w.endRecord()
+	}
+	return n, err
+}
+
+func (w *wire) header() {
+	if !w.started {
+		w.started = true
+		w.notTLS = w.hdr[0] != byte(typeHandshake) || w.hdr[1] != 3
+	}
+	w.left = int(binary.BigEndian.Uint16(w.hdr[3:]))
+	w.body = w.body[:0]
+	if w.keepsBody() {
+		w.body = append(w.body, w.hdr[:]...)
+	}
+	if w.left == 0 {
+		w.endRecord()
+	}
+}
+
+// keepsBody reports whether the record being read matters: a ServerHello, or what
+// follows ChangeCipherSpec in TLS 1.2.
+func (w *wire) keepsBody() bool {
+	return !w.is13 && (w.in.ccs || w.client && !w.hello.done())
+}
+
+func (w *wire) endRecord() {
+	w.hdrN = 0
+	if w.is13 {
+		return
+	}
+	switch {
+	case w.in.ccs:
+		if err := w.in.add(w.body); err != nil && w.err == nil {
+			w.err = err
+		}
+	case recordType(w.hdr[0]) == typeChangeCipherSpec:
+		w.in.ccs = true
+	case w.client && recordType(w.hdr[0]) == typeHandshake:
+		w.hello.add(w.body[recordHeaderLen:])
+	}
+}
+
+// Write watches whole records, which is how crypto/tls writes.
+func (w *wire) Write(p []byte) (int, error) {
+	for b := p; len(b) > 0; {
+		n := recordHeaderLen
+		if len(b) >= n {
+			n += int(binary.BigEndian.Uint16(b[3:]))
+		}
+		if len(b) < n {
+			w.err = errors.New("crypto/tls wrote a part of a record")
+			break
+		}
+		w.wrote(b[:n])
+		b = b[n:]
+	}
+	return w.Conn.Write(p)
+}
+
+func (w *wire) wrote(rec []byte) {
+	typ := recordType(rec[0])
+	switch {
+	case typ == typeHandshake && !w.client && !w.hello.done():
+		w.hello.add(rec[recordHeaderLen:])
+	case w.is13:
+		if typ == typeData && !w.client && w.serverSecret != nil {
+			w.tryOpen(rec)
+		}
+	case w.out.ccs:
+		if err := w.out.add(rec); err != nil && w.err == nil {
+			w.err = err
+		}
+	case typ == typeChangeCipherSpec:
+		w.out.ccs = true
+	}
+}
+
+// tryOpen counts rec if it is under the application key: only then does it open,
+// and the opener's sequence number moves on.
+func (w *wire) tryOpen(rec []byte) {
+	if w.opener == nil {
+		s, err := lookupSuite(tls.VersionTLS13, w.hello.suite())
+		if err != nil {
+			w.err = err
+			return
+		}
+		d, err := s.direction13(slices.Clone(w.serverSecret), 0)
+		if err != nil {
+			w.err = err
+			return
+		}
+		w.opener = &half{suite: s, dir: d}
+		w.scratch = getBuffer(midBuf)
+	}
+	if _, _, err := w.opener.open(rec, w.scratch.b); err != nil && errors.Is(err, ErrNoSoftware) {
+		w.err = err
+	}
+}
+
+// keyLogWriter is the wire as tls.Config.KeyLogWriter. It runs under a mutex of
+// the whole process, so it does little.
+type keyLogWriter struct{ w *wire }
+
+func (k keyLogWriter) Write(line []byte) (int, error) {
+	k.w.logged(string(line))
+	if k.w.keyLog != nil {
+		return k.w.keyLog.Write(line)
+	}
+	return len(line), nil
+}
+
+// logged takes one line of the key log: label, client random, secret.
+func (w *wire) logged(line string) {
+	label, rest, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
+	randomHex, secretHex, _ := strings.Cut(rest, " ")
+	secret, err := hex.DecodeString(secretHex)
+	if err != nil {
+		return
+	}
+	switch label {
+	case "CLIENT_RANDOM":
+		w.master = secret
+		w.clientRandom, _ = hex.DecodeString(randomHex)
+	case "CLIENT_HANDSHAKE_TRAFFIC_SECRET", "SERVER_HANDSHAKE_TRAFFIC_SECRET":
+		w.is13 = true
+		w.in, w.out = afterCCS{}, afterCCS{}
+		clear(secret)
+	case "CLIENT_TRAFFIC_SECRET_0":
+		w.clientSecret = secret
+	case "SERVER_TRAFFIC_SECRET_0":
+		w.serverSecret = secret
+	}
+}
+
+func (w *wire) wipe() {
+	clear(w.master)
+	clear(w.clientSecret)
+	clear(w.serverSecret)
+	if w.opener != nil {
+		w.opener.wipe()
+		putBuffer(w.scratch)
+		w.opener, w.scratch = nil, nil
+	}
+}
+
+// helloReader collects a ServerHello, whatever records it is cut into, as far as
+// its random and its cipher suite (RFC 8446 section 4.1.3, RFC 5246 section
+// 7.4.1.3). A HelloRetryRequest has the same form and the same suite.
+type helloReader struct {
+	b []byte
+}
+
+// helloMin is where the session id's length is: type, length, version, random.
+const helloMin = 1 + 3 + 2 + 32
+
+func (h *helloReader) done() bool {
+	return len(h.b) > helloMin && len(h.b) >= helloMin+1+int(h.b[helloMin])+2
+}
+
+func (h *helloReader) add(p []byte) {
+	h.b = append(h.b, p[:min(len(p), helloMin+1+255+2)]...)
+}
+
+func (h *helloReader) random() []byte { return h.b[6:helloMin] }
+
+func (h *helloReader) suite() uint16 {
+	if !h.done() {
+		return 0
+	}
+	return binary.BigEndian.Uint16(h.b[helloMin+1+int(h.b[helloMin]):])
+}
