@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
@@ -85,11 +86,31 @@ func largeFD(b []byte) (int, error) {
 	return sys.SealedMemfd("ktlsvisor-cargo", b)
 }
 
+// DescriptorsLostError reports a message some of whose descriptors the kernel
+// dropped because this process is at its NOFILE limit. The ones that arrived are
+// closed. The channel is still good; Message says what they were meant for.
+type DescriptorsLostError struct {
+	Message *Message
+	Err     error
+}
+
+func (e *DescriptorsLostError) Error() string { return e.Message.Type.String() + ": " + e.Err.Error() }
+
+// Unwrap returns sys.ErrControlTruncated.
+func (e *DescriptorsLostError) Unwrap() error { return e.Err }
+
 // Recv receives one message. Sockets of its items belong to the caller. On any
 // error every descriptor of the message has been closed; io.EOF means that the
-// peer is gone, ErrProtocol that it is not to be trusted any further.
+// peer is gone, ErrProtocol that it is not to be trusted any further. After a
+// *DescriptorsLostError the channel can be used on.
 func (c *Channel) Recv() (*Message, error) {
 	n, fds, err := c.pc.Recv(c.buf)
+	if errors.Is(err, sys.ErrControlTruncated) {
+		// The bytes are there. Their number is not, but CBOR knows its own end.
+		if m := decodeFirst(c.buf); m != nil {
+			return nil, &DescriptorsLostError{Message: m, Err: err}
+		}
+	}
 	if err != nil {
 		return nil, err
 	}

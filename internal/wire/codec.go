@@ -3,6 +3,7 @@ package wire
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"unicode/utf8"
 
 	"github.com/fxamacker/cbor/v2"
@@ -70,6 +71,16 @@ func Decode(b []byte) (*Message, error) {
 		return nil, fmt.Errorf("%w: %s: %w", ErrProtocol, m.Type, err)
 	}
 	return m, nil
+}
+
+// decodeFirst decodes the message at the start of b, nil when there is none.
+func decodeFirst(b []byte) *Message {
+	m := new(Message)
+	rest, err := decMode.UnmarshalFirst(b, m)
+	if err != nil || len(rest) == len(b) || m.check() != nil {
+		return nil
+	}
+	return m
 }
 
 // check holds a message against the limits. Numbers that name things (ids,
@@ -152,8 +163,10 @@ func (m *Message) checkBody() error {
 	return nil
 }
 
-// Clip shortens s to the protocol's limit for texts, at a rune's boundary.
+// Clip makes s fit the protocol's rules for texts: valid UTF-8, at most MaxText
+// bytes, cut at a rune's boundary.
 func Clip(s string) string {
+	s = strings.ToValidUTF8(s, "\uFFFD")
 	if len(s) <= MaxText {
 		return s
 	}

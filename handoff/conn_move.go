@@ -1,0 +1,224 @@
+package handoff
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+	"github.com/ktlsvisor/ktlsvisor/ktls"
+)
+
+// lingerTime bounds the sending of output that is left when a session ends;
+// close_notify is bounded by ktls.
+const lingerTime = 5 * time.Second
+
+// kickTime is lingerTime for a session that the operator ends.
+const kickTime = time.Second
+
+var errGroupName = fmt.Errorf("a group's name has 1 to %d bytes of UTF-8", wire.MaxGroup)
+
+func newConn(w *worker, id uint64, s *ktls.Conn) *Conn {
+	return &Conn{w: w, id: id, tls: s, deadCh: make(chan struct{}), shutDone: make(chan struct{}), movingCh: make(chan struct{})}
+}
+
+// freeze makes Read return ErrMoving and Write queue.
+func (c *Conn) freeze() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.moving {
+		return
+	}
+	c.moving = true
+	close(c.movingCh)
+	if !c.detached {
+		_ = c.updateLocked()
+	}
+}
+
+// thaw undoes freeze.
+func (c *Conn) thaw() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.moving {
+		return
+	}
+	c.moving = false
+	c.movingCh = make(chan struct{})
+	if !c.detached {
+		_ = c.updateLocked()
+		c.flushLocked()
+	}
+}
+
+// begin readies the Conn for a run of the handler.
+func (c *Conn) begin(b *barrier) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.told, c.holds, c.barrier = false, 0, b
+	c.rdl, c.wdl = time.Time{}, time.Time{}
+	if c.moving {
+		c.moving = false
+		c.movingCh = make(chan struct{})
+	}
+	_ = c.updateLocked()
+	if c.dead == nil && c.tls.Pending() > 0 {
+		c.flushLocked()
+	}
+}
+
+// ranOnce is called between two runs of the handler in this process.
+func (c *Conn) ranOnce() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.restored, c.interrupted = true, false
+}
+
+// stop makes Read return ErrStopping.
+func (c *Conn) stop() {
+	c.leaveBarrier()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.stopping = true
+	if !c.detached {
+		_ = c.updateLocked()
+	}
+}
+
+// leaveBarrier lets the other members of the group have their input.
+func (c *Conn) leaveBarrier() {
+	c.mu.Lock()
+	b := c.barrier
+	c.mu.Unlock()
+	if b != nil {
+		b.leave(c)
+	}
+}
+
+// discard drops a session of which nothing was used, without touching the connection.
+func (c *Conn) discard() {
+	c.mu.Lock()
+	c.detached = true
+	s := c.tls
+	c.mu.Unlock()
+	sock, st, err := s.Detach()
+	if err != nil {
+		c.w.log.Error("dropping an adopted session", "session", c.id, "error", err)
+		return
+	}
+	st.Wipe()
+	_ = sock.Close()
+}
+
+// ends returns how the application and the peer left the session.
+func (c *Conn) ends() (closed bool, cause error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closed, c.cause
+}
+
+// kept is a session that was taken off its Conn: its socket and what travels.
+type kept struct {
+	sock   ktls.Socket
+	facts  []byte
+	record []byte
+	app    []byte
+}
+
+// drop closes this process's copy of the socket. The connection goes on elsewhere:
+// nothing is sent and nothing is shut down.
+func (k *kept) drop() {
+	_ = k.sock.Close()
+	clear(k.record)
+}
+
+// abandon ends a connection that nobody can continue. The supervisor may hold a
+// duplicate, so close alone would leave the peer waiting.
+func abandon(s ktls.Socket) {
+	if rc, err := s.SyscallConn(); err == nil {
+		_ = rc.Control(func(fd uintptr) { _ = sys.ShutdownBoth(int(fd)) })
+	}
+	_ = s.Close()
+}
+
+// detach takes the session off the Conn, at a safe point: the handler has returned.
+// What other goroutines still do with the Conn is interrupted. On an error the
+// connection cannot be continued by anyone.
+func (c *Conn) detach() (*kept, error) {
+	c.mu.Lock()
+	if c.dead != nil {
+		c.mu.Unlock()
+		return nil, c.dead
+	}
+	c.detached = true
+	err := c.updateLocked()
+	s, app := c.tls, c.app
+	c.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	c.wmu.Lock()
+	defer c.wmu.Unlock()
+	sock, st, err := s.Detach()
+	if err != nil {
+		_ = s.Close()
+		return nil, err
+	}
+	defer st.Wipe()
+	k := &kept{sock: sock, app: app}
+	if k.facts, err = st.MarshalFacts(); err == nil {
+		k.record, err = st.MarshalRecord()
+	}
+	if err != nil {
+		abandon(sock)
+		return nil, err
+	}
+	return k, nil
+}
+
+// attach puts a session that detach took off back on.
+func (c *Conn) attach(k *kept) error {
+	s, err := ktls.Import(k.sock, k.facts, k.record)
+	clear(k.record)
+	if err != nil {
+		abandon(k.sock)
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.tls, c.detached = s, false
+	return nil
+}
+
+// shut ends the session: what is queued, close_notify, shutdown, close. Read and
+// Write return why from now on. The session must be attached. A second call waits for the first.
+func (c *Conn) shut(why error, linger time.Duration) {
+	c.mu.Lock()
+	if c.dead != nil {
+		c.mu.Unlock()
+		<-c.shutDone
+		return
+	}
+	defer close(c.shutDone)
+	_ = c.tls.SetReadDeadline(past)
+	_ = c.tls.SetWriteDeadline(past)
+	c.dead = why
+	close(c.deadCh)
+	s, cause, b := c.tls, c.cause, c.barrier
+	c.mu.Unlock()
+	if b != nil {
+		b.leave(c)
+	}
+	c.wmu.Lock() // the interrupted Write has returned
+	defer c.wmu.Unlock()
+	if cause == nil && s.Pending() > 0 {
+		_ = s.SetWriteDeadline(time.Now().Add(linger))
+		_ = s.Flush()
+	}
+	_ = s.SetWriteDeadline(time.Time{})
+	if err := s.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+		c.w.log.Debug("closing a session", "session", c.id, "error", err)
+	}
+}

@@ -1,0 +1,431 @@
+package handoff
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+	"github.com/ktlsvisor/ktlsvisor/ktls"
+)
+
+// handle takes one message of the supervisor. An error means that the supervisor
+// cannot be trusted any further; the message's descriptors are then still its own.
+func (w *worker) handle(m *wire.Message) error {
+	if w.gone != nil {
+		m.CloseSockets()
+		return nil
+	}
+	switch m.Type {
+	case wire.TypeWelcome:
+		return w.welcomed(m.Welcome)
+	case wire.TypePing:
+		w.send(&wire.Message{Type: wire.TypePong, Nonce: m.Nonce})
+		return nil
+	case wire.TypeInventory:
+		w.inventory(m.Nonce)
+		return nil
+	case wire.TypeStop:
+		if m.Drain {
+			w.draining = true
+		} else {
+			w.stop(time.Duration(m.Millis) * time.Millisecond)
+		}
+		return nil
+	}
+	if w.welcome == nil {
+		return fmt.Errorf("%w: %s before WELCOME", wire.ErrProtocol, m.Type)
+	}
+	switch m.Type {
+	case wire.TypeAdopt:
+		w.adopt(m)
+	case wire.TypeResume:
+		w.resume(m)
+	case wire.TypeAbort:
+		for _, r := range m.Refs {
+			if s := w.sessions[r.ID]; s != nil && s.phase == phaseAdopted && s.owner == r.Epoch {
+				w.forget(s)
+			} else {
+				w.stale("ABORT", r)
+			}
+		}
+	case wire.TypeFreeze:
+		w.freeze(m)
+	case wire.TypeThaw:
+		w.thaw(m)
+	case wire.TypeRelease:
+		for _, r := range m.Refs {
+			if s := w.sessions[r.ID]; s != nil && s.phase == phaseParked && s.attempt == r.Epoch && s.sent == r.Epoch {
+				w.forget(s)
+			} else {
+				w.stale("RELEASE", r)
+			}
+		}
+	case wire.TypeClosedAck:
+		for _, r := range m.Refs {
+			if e, ok := w.tombs[r.ID]; ok && e.Epoch == r.Epoch {
+				delete(w.tombs, r.ID)
+			} else {
+				w.stale("CLOSED_ACK", r)
+			}
+		}
+	case wire.TypeClose:
+		w.kick(m.Refs)
+	case wire.TypeGrouped:
+		w.grouped(m.Refs[0], m.Group, m.Text)
+	default:
+		return fmt.Errorf("%w: %s is not for a worker", wire.ErrProtocol, m.Type)
+	}
+	return nil
+}
+
+// stale notes a message about a session or an attempt that is over, which is normal:
+// messages cross.
+func (w *worker) stale(what string, r wire.Ref) {
+	w.log.Debug("message about something that is over", "message", what, "session", r.ID, "epoch", uint64(r.Epoch))
+}
+
+func (w *worker) welcomed(hello *wire.Welcome) error {
+	if w.welcome != nil {
+		return fmt.Errorf("%w: a second WELCOME", wire.ErrProtocol)
+	}
+	if hello.Version != wire.Version {
+		return fmt.Errorf("%w: the supervisor wants protocol version %d, this worker speaks %d; build both from one release", wire.ErrProtocol, hello.Version, wire.Version)
+	}
+	w.welcome = hello
+	if w.ready == nil {
+		w.send(&wire.Message{Type: wire.TypeReady})
+		return nil
+	}
+	ctx, cancel := context.WithCancel(w.base)
+	go func() {
+		defer cancel()
+		err := guard(func() error { return w.ready(ctx) })
+		w.in.post(func() {
+			if err != nil {
+				w.failed = fmt.Errorf("worker is not ready: %w", err)
+				return
+			}
+			w.send(&wire.Message{Type: wire.TypeReady})
+		})
+	}()
+	return nil
+}
+
+// adopt imports sessions. Nothing is read from or written to them.
+func (w *worker) adopt(m *wire.Message) {
+	var adopted []wire.Ref
+	var refused []wire.Refused
+	for i := range m.Items {
+		it := &m.Items[i]
+		if err := w.adoptOne(it); err != nil {
+			w.log.Warn("session refused", "session", it.ID, "error", err)
+			refused = append(refused, wire.Refused{Ref: it.Ref, Why: wire.Clip(err.Error())})
+			continue
+		}
+		adopted = append(adopted, it.Ref)
+	}
+	if len(m.Blobs) == 0 || len(refused) > 0 {
+		w.answer(adopted, refused)
+		return
+	}
+	if w.groups == nil {
+		w.adoptedGroup(adopted, errors.New("this worker keeps no state of groups"))
+		return
+	}
+	go func() {
+		var err error
+		for i := range m.Blobs {
+			b := &m.Blobs[i]
+			if e := guard(func() error { return w.groups.AdoptGroup(b.Group, b.Data) }); e != nil && err == nil {
+				err = fmt.Errorf("group %q: %w", b.Group, e)
+			}
+		}
+		w.in.post(func() { w.adoptedGroup(adopted, err) })
+	}()
+}
+
+// adoptedGroup answers for the sessions that came with a group's state.
+func (w *worker) adoptedGroup(refs []wire.Ref, err error) {
+	var adopted []wire.Ref
+	var refused []wire.Refused
+	for _, r := range refs {
+		s := w.sessions[r.ID]
+		if s == nil || s.owner != r.Epoch || s.phase != phaseAdopted {
+			continue // aborted meanwhile
+		}
+		if err == nil {
+			adopted = append(adopted, r)
+			continue
+		}
+		w.forget(s)
+		refused = append(refused, wire.Refused{Ref: r, Why: wire.Clip(err.Error())})
+	}
+	if err != nil {
+		w.log.Warn("group refused", "error", err)
+	}
+	w.answer(adopted, refused)
+}
+
+func (w *worker) answer(adopted []wire.Ref, refused []wire.Refused) {
+	if len(adopted) > 0 {
+		w.send(&wire.Message{Type: wire.TypeAdopted, Refs: adopted})
+	}
+	if len(refused) > 0 {
+		w.send(&wire.Message{Type: wire.TypeRefused, Refused: refused})
+	}
+}
+
+func (w *worker) adoptOne(it *wire.Item) error {
+	fd := it.Socket
+	it.Socket = -1
+	if s := w.sessions[it.ID]; s != nil {
+		sys.CloseAll([]int{fd})
+		if s.phase == phaseAdopted && s.owner == it.Epoch {
+			return nil // asked twice
+		}
+		return fmt.Errorf("session %d is still here (%s, epoch %d): RELEASE or ABORT it first", s.id, s.phase, s.owner)
+	}
+	if e, ok := w.tombs[it.ID]; ok {
+		sys.CloseAll([]int{fd})
+		return fmt.Errorf("session %d ended here (%s)", it.ID, e.Reason)
+	}
+	if w.draining || w.stopping {
+		sys.CloseAll([]int{fd})
+		return errors.New("this worker is retiring")
+	}
+	if err := sys.SetNonblock(fd); err != nil {
+		sys.CloseAll([]int{fd})
+		return fmt.Errorf("session %d: %w", it.ID, err)
+	}
+	f := os.NewFile(uintptr(fd), "session")
+	if err := f.SetDeadline(time.Time{}); err != nil {
+		_ = f.Close()
+		return fmt.Errorf("session %d: the socket cannot be polled: %w", it.ID, err)
+	}
+	t, err := ktls.Import(f, it.Cargo.Facts, it.Cargo.Record)
+	clear(it.Cargo.Record)
+	if err != nil {
+		_ = f.Close()
+		return fmt.Errorf("session %d: %w", it.ID, err)
+	}
+	c := newConn(w, it.ID, t)
+	c.app = it.Cargo.App
+	c.restored = it.Flags&(wire.FlagRestored|wire.FlagInterrupted) != 0
+	c.interrupted = it.Flags&wire.FlagInterrupted != 0
+	s := &session{id: it.ID, owner: it.Epoch, seen: it.Epoch, phase: phaseAdopted, conn: c, group: it.Group}
+	c.s = s
+	w.sessions[it.ID] = s
+	return nil
+}
+
+// descriptorsLost refuses what an ADOPT brought whose descriptors did not all fit
+// into this process.
+func (w *worker) descriptorsLost(m *wire.Message, err error) {
+	w.log.Error("descriptors of a message were lost", "message", m.Type, "sessions", len(m.Items), "error", err)
+	var refused []wire.Refused
+	for i := range m.Items {
+		refused = append(refused, wire.Refused{Ref: m.Items[i].Ref, Why: wire.Clip(err.Error())})
+	}
+	w.answer(nil, refused)
+}
+
+// resume starts the handlers of adopted sessions; those of a group together, when
+// its last member was named.
+func (w *worker) resume(m *wire.Message) {
+	refs := m.Refs
+	if m.Group != "" {
+		refs = append(w.resuming[m.Group], refs...)
+		if len(refs) > len(w.sessions)+wire.MaxItems {
+			refs = refs[len(refs)-len(w.sessions)-wire.MaxItems:] // repetitions
+		}
+		if !m.Last {
+			w.resuming[m.Group] = refs
+			return
+		}
+		delete(w.resuming, m.Group)
+	}
+	var list []*session
+	var conns []*Conn
+	for _, r := range refs {
+		s := w.sessions[r.ID]
+		if s == nil || s.owner != r.Epoch || s.phase != phaseAdopted {
+			w.stale("RESUME", r) // or asked twice
+			continue
+		}
+		s.phase = phaseIdle
+		list, conns = append(list, s), append(conns, s.conn)
+	}
+	var bar *barrier
+	if m.Group != "" {
+		bar = w.newBarrier(m.Group, conns)
+	}
+	for _, s := range list {
+		s.barrier = bar
+		w.step(s)
+	}
+}
+
+// freeze starts an attempt to move sessions away.
+func (w *worker) freeze(m *wire.Message) {
+	if w.deferFreeze(m) {
+		return
+	}
+	var b *batch
+	if m.Group != "" {
+		if b = w.batches[m.Group]; b == nil {
+			b = &batch{group: m.Group, members: map[uint64]*session{}, thawed: map[uint64]bool{}}
+			w.batches[m.Group] = b
+		}
+		b.last = m.Last
+	}
+	var list []*session
+	for _, r := range m.Refs {
+		s := w.sessions[r.ID]
+		if s == nil || s.phase == phaseAdopted || s.phase == phaseClosing || r.Epoch <= s.seen {
+			w.stale("FREEZE", r)
+			continue
+		}
+		s.attempt, s.seen, s.frozen = r.Epoch, r.Epoch, true
+		s.conn.freeze()
+		if j := s.join; j != nil {
+			s.join = nil
+			j.done(ErrMoving)
+		}
+		if b != nil {
+			s.batch = b
+			b.members[s.id] = s
+		}
+		list = append(list, s)
+	}
+	if b != nil {
+		w.advance(b)
+		return
+	}
+	for _, s := range list {
+		w.step(s)
+	}
+}
+
+// deferFreeze puts off a FREEZE that meets an earlier attempt of a group: a
+// supervisor that starts a new attempt has given up the old one, which has to be
+// undone first. A group of which PARKED was sent is only undone for all its members.
+func (w *worker) deferFreeze(m *wire.Message) bool {
+	for _, r := range m.Refs {
+		s := w.sessions[r.ID]
+		if s == nil || s.batch == nil || r.Epoch <= s.seen {
+			continue
+		}
+		b := s.batch
+		if b.stage == batchParked {
+			b.thawed[s.id] = true
+			w.advance(b)
+		} else {
+			w.cancelBatch(b)
+		}
+		if s.batch != nil {
+			b.deferred = append(b.deferred, m)
+			return true
+		}
+	}
+	b := w.batches[m.Group]
+	if m.Group == "" || b == nil || b.stage == batchGathering && !b.last {
+		return false
+	}
+	w.cancelBatch(b)
+	if w.batches[m.Group] == b {
+		b.deferred = append(b.deferred, m)
+		return true
+	}
+	return false
+}
+
+// thaw calls off an attempt.
+func (w *worker) thaw(m *wire.Message) {
+	for i, r := range m.Refs {
+		s := w.sessions[r.ID]
+		if s == nil {
+			w.stale("THAW", r)
+			continue
+		}
+		b := s.batch
+		if b != nil && r.Epoch > s.seen && len(b.deferred) > 0 {
+			rest := *m
+			rest.Refs = m.Refs[i : i+1]
+			b.deferred = append(b.deferred, &rest)
+			continue
+		}
+		if s.attempt == 0 || s.attempt != r.Epoch {
+			w.stale("THAW", r)
+			continue
+		}
+		switch {
+		case b != nil && b.stage == batchParked:
+			b.thawed[s.id] = true
+			w.advance(b)
+		case b != nil:
+			w.cancelBatch(b)
+		default:
+			s.attempt = 0
+			if s.phase == phaseRunning {
+				s.conn.thaw()
+			}
+			w.step(s)
+		}
+	}
+}
+
+// kick ends sessions on the operator's behalf. One that is parked may belong to
+// somebody else by now: it is only noted, for the case that it comes back.
+func (w *worker) kick(refs []wire.Ref) {
+	for _, r := range refs {
+		s := w.sessions[r.ID]
+		if s == nil || s.owner != r.Epoch && s.attempt != r.Epoch || s.phase == phaseAdopted {
+			w.stale("CLOSE", r)
+			continue
+		}
+		s.kicked = true
+		if s.phase == phaseRunning || s.phase == phaseIdle {
+			w.end(s, wire.ReasonOperator, nil, kickTime)
+		}
+	}
+}
+
+// inventory tells a new supervisor everything; the channel keeps the order, so it
+// reflects all that was received before.
+func (w *worker) inventory(nonce uint64) {
+	held := make([]wire.Held, 0, len(w.sessions)+len(w.tombs))
+	for _, s := range w.sessions {
+		held = append(held, s.held())
+	}
+	for _, e := range w.tombs {
+		held = append(held, wire.Held{Ref: e.Ref, Phase: wire.PhaseClosed, Reason: e.Reason})
+	}
+	for len(held) > wire.MaxItems {
+		w.send(&wire.Message{Type: wire.TypeInventoryReply, Nonce: nonce, Held: held[:wire.MaxItems]})
+		held = held[wire.MaxItems:]
+	}
+	w.send(&wire.Message{Type: wire.TypeInventoryReply, Nonce: nonce, Held: held, Last: true})
+	for _, s := range w.sessions {
+		if s.join != nil { // the old supervisor may have taken the question with it
+			w.sendGroup(s, s.join.name)
+		}
+	}
+}
+
+func (s *session) held() wire.Held {
+	h := wire.Held{Ref: wire.Ref{ID: s.id, Epoch: s.owner}, Attempt: s.attempt, Group: s.group, Phase: wire.PhaseActive}
+	switch {
+	case s.phase == phaseAdopted:
+		h.Phase = wire.PhaseAdopted
+	case s.attempt == 0:
+	case s.phase == phaseParked && s.sent == s.attempt:
+		h.Phase = wire.PhaseParked
+	default:
+		h.Phase = wire.PhaseFreezing
+	}
+	return h
+}

@@ -1,0 +1,154 @@
+package handoff
+
+import (
+	"errors"
+	"sync"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+)
+
+// inbox carries events to the worker's loop. Posting never blocks; there are a few
+// events a session at most.
+type inbox struct {
+	mu     sync.Mutex
+	list   []func()
+	signal chan struct{}
+}
+
+func newInbox() *inbox { return &inbox{signal: make(chan struct{}, 1)} }
+
+func (b *inbox) post(f func()) {
+	b.mu.Lock()
+	b.list = append(b.list, f)
+	b.mu.Unlock()
+	select {
+	case b.signal <- struct{}{}:
+	default:
+	}
+}
+
+func (b *inbox) take() []func() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	l := b.list
+	b.list = nil
+	return l
+}
+
+// maxQueued bounds the messages that wait for a supervisor which does not read. It
+// is far above what it may ask for at a time: see PROTOCOL.md, Flow control.
+const maxQueued = 1 << 16
+
+// outbox sends messages in order from a goroutine of its own, so that neither the
+// loop nor a handler ever waits for the supervisor. Messages of the same kind that
+// wait are put together.
+type outbox struct {
+	ch     *wire.Channel
+	failed func(m *wire.Message, err error) // m was not sent; gone says the channel is of no use
+	sent   chan struct{}                    // closed when run ends
+
+	mu      sync.Mutex
+	cond    sync.Cond
+	list    []*wire.Message
+	size    int // bytes of items in the last message of list
+	closing bool
+}
+
+func newOutbox(ch *wire.Channel, failed func(*wire.Message, error)) *outbox {
+	q := &outbox{ch: ch, failed: failed, sent: make(chan struct{})}
+	q.cond.L = &q.mu
+	return q
+}
+
+var errFlood = errors.New("the supervisor asks and does not read the answers")
+
+func (q *outbox) put(m *wire.Message) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.list) >= maxQueued {
+		return errFlood
+	}
+	if n := len(q.list); n > 0 && q.list[n-1].Type == m.Type && q.mergeLocked(q.list[n-1], m) {
+		return nil
+	}
+	q.list = append(q.list, m)
+	q.size = itemBytes(m)
+	q.cond.Signal()
+	return nil
+}
+
+func itemBytes(m *wire.Message) (n int) {
+	for i := range m.Items {
+		n += 160
+		if s := m.Items[i].Cargo.Size(); s <= wire.MaxInline {
+			n += s
+		}
+	}
+	return n
+}
+
+// mergeLocked puts m into last, which waits, when that keeps the meaning and limits.
+func (q *outbox) mergeLocked(last, m *wire.Message) bool {
+	const room = sys.MaxPacket - 8<<10
+	switch m.Type {
+	case wire.TypeParked:
+		n := itemBytes(m)
+		if m.Group != "" || last.Group != "" || len(last.Items)+len(m.Items) > wire.MaxItems || q.size+n > room {
+			return false
+		}
+		last.Items = append(last.Items, m.Items...)
+		q.size += n
+	case wire.TypeAdopted:
+		if len(last.Refs)+len(m.Refs) > wire.MaxItems {
+			return false
+		}
+		last.Refs = append(last.Refs, m.Refs...)
+	case wire.TypeRefused:
+		if len(last.Refused)+len(m.Refused) > wire.MaxItems {
+			return false
+		}
+		last.Refused = append(last.Refused, m.Refused...)
+	case wire.TypeClosed:
+		if len(last.Closed)+len(m.Closed) > wire.MaxItems {
+			return false
+		}
+		last.Closed = append(last.Closed, m.Closed...)
+	default:
+		return false
+	}
+	return true
+}
+
+// close lets run end when everything is sent.
+func (q *outbox) close() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.closing = true
+	q.cond.Signal()
+}
+
+func (q *outbox) run() {
+	defer close(q.sent)
+	for {
+		q.mu.Lock()
+		for len(q.list) == 0 && !q.closing {
+			q.cond.Wait()
+		}
+		if len(q.list) == 0 {
+			q.mu.Unlock()
+			return
+		}
+		m := q.list[0]
+		q.list[0] = nil
+		q.list = q.list[1:]
+		q.mu.Unlock()
+		err := q.ch.Send(m)
+		for i := range m.Items {
+			clear(m.Items[i].Cargo.Record) // may hold keys; the copy to keep is elsewhere
+		}
+		if err != nil {
+			q.failed(m, err)
+		}
+	}
+}
