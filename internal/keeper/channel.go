@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
@@ -24,6 +25,7 @@ const inFlightLimit = 2 * time.Second
 // on: a supervisor that does not read its answers stops only itself.
 type channel struct {
 	conn *sys.PacketConn
+	shut atomic.Bool // this side closed it: errors that follow mean nothing
 
 	sendMu sync.Mutex // serve sends replies, push sends TERMINATE
 
@@ -61,13 +63,18 @@ type gone struct {
 func (c *channel) serve(requests chan<- request, ended chan<- gone, stop <-chan struct{}) {
 	err := c.receive(requests, stop)
 	_ = c.conn.Close()
-	if errors.Is(err, io.EOF) || errors.Is(err, os.ErrClosed) {
+	if errors.Is(err, io.EOF) || c.shut.Load() {
 		err = nil
 	}
 	select {
 	case ended <- gone{c, err}:
 	case <-stop:
 	}
+}
+
+func (c *channel) close() {
+	c.shut.Store(true)
+	_ = c.conn.Close()
 }
 
 func (c *channel) receive(requests chan<- request, stop <-chan struct{}) error {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
@@ -20,6 +21,7 @@ const attachLimit = 5 * time.Second
 // it asked for may happen nevertheless.
 type Client struct {
 	conn *sys.PacketConn
+	shut atomic.Bool   // Close was called: errors that follow mean nothing
 	send chan struct{} // holds one token: who has it may send
 
 	terminate chan struct{}
@@ -143,6 +145,7 @@ func (c *Client) Closed() <-chan struct{} { return c.closed }
 // Close closes the channel. Calls under way return ErrClosed. It does not end the
 // leadership, which the keeper takes away when this process dies.
 func (c *Client) Close() error {
+	c.shut.Store(true)
 	err := c.conn.Close()
 	<-c.readDone
 	return err
@@ -213,8 +216,10 @@ func (c *Client) sendPacket(ctx context.Context, b []byte, fds []int) error {
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return ctx.Err()
-	case errors.Is(err, os.ErrClosed), errors.Is(err, sys.EPIPE):
+	case errors.Is(err, sys.EPIPE):
 		return fmt.Errorf("%w: %w", ErrClosed, err)
+	case err != nil && c.shut.Load():
+		return ErrClosed
 	}
 	return err
 }
@@ -248,7 +253,7 @@ func (c *Client) read() {
 	defer close(c.readDone)
 	err := c.receive()
 	_ = c.conn.Close()
-	if errors.Is(err, io.EOF) || errors.Is(err, os.ErrClosed) {
+	if errors.Is(err, io.EOF) || c.shut.Load() {
 		err = ErrClosed
 	} else {
 		err = fmt.Errorf("%w: %w", ErrClosed, err)

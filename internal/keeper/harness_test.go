@@ -73,7 +73,7 @@ func startKeeper(t *testing.T, tc keeperConfig) *world {
 		t.Fatal(err)
 	}
 	w.cmd = exec.Command(self(t))
-	w.cmd.Env = append(os.Environ(), envRole+"=keeper", envConfig+"="+string(config), envSocket+"="+socket)
+	w.cmd.Env = append(os.Environ(), envRole+"=keeper", envConfig+"="+string(config), envSocket+"="+socket, noRaceSleep)
 	w.cmd.Stdout, w.cmd.Stderr = &w.out, &w.log
 	// Workers that outlive the keeper hold its stderr.
 	w.cmd.WaitDelay = 2 * time.Second

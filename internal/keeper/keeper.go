@@ -2,7 +2,6 @@ package keeper
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -290,7 +289,7 @@ func (k *keeper) cleanup() {
 	}
 	close(k.stop)
 	for c := range k.channels {
-		_ = c.conn.Close()
+		c.close()
 	}
 	for p := range k.procs {
 		_ = p.watch.Close()
@@ -319,7 +318,7 @@ func (k *keeper) terminate() {
 
 func (k *keeper) pushTerminate(c *channel) {
 	k.wg.Go(func() {
-		if err := c.send(&message{Op: opTerminate}, nil); err != nil && !errors.Is(err, os.ErrClosed) {
+		if err := c.send(&message{Op: opTerminate}, nil); err != nil {
 			k.log.Debug("cannot ask a supervisor to stop", "error", err)
 		}
 	})

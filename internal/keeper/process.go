@@ -104,15 +104,18 @@ func (k *keeper) watchProc(pidfd int, spawned bool) (*proc, error) {
 func (k *keeper) startSupervisor() {
 	images := []string{k.cfg.Supervisor[0], ownImage}
 	if (k.quick/fallbackAfter)%2 == 1 {
-		k.log.Warn("supervisors keep dying; starting the keeper's own image instead", "path", images[0], "deaths", k.quick)
+		k.log.Warn("supervisors keep dying; trying the keeper's own image instead", "path", images[0], "deaths", k.quick)
 		slices.Reverse(images)
 	}
-	var err error
-	for _, image := range images {
-		if err = k.start(image); err == nil {
+	for i, image := range images {
+		err := k.start(image)
+		if err == nil {
 			return
 		}
 		k.log.Error("cannot start the supervisor", "path", image, "error", err)
+		if i == 0 && image != ownImage {
+			k.log.Warn("trying the keeper's own image instead", "remedy", "replace "+image)
+		}
 	}
 	k.quick++
 }
@@ -129,7 +132,7 @@ func (k *keeper) start(image string) error {
 	env = append(env, EnvFD+"=3")
 	pid, pidfd, err := sys.StartChild(image, k.cfg.Supervisor, env, []int{0, 1, 2, peer})
 	if err != nil {
-		_ = c.conn.Close() // serve ends, then channelGone forgets it
+		c.close() // serve ends, then channelGone forgets it
 		return err
 	}
 	if _, err := k.watchProc(pidfd, true); err != nil {

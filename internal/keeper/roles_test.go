@@ -28,6 +28,8 @@ const (
 	envRole   = "KEEPER_TEST_ROLE" // keeper, supervisor, crash, writer
 	envConfig = "KEEPER_TEST_CONFIG"
 	envSocket = "KEEPER_TEST_SOCKET" // where supervisors and writers find the test
+	// By default the race detector holds up every exit by a second.
+	noRaceSleep = "GORACE=atexit_sleep_ms=0"
 )
 
 // Exit codes of the keeper process that only a broken keeper gives.
@@ -77,7 +79,6 @@ func keeperMain() int {
 		}
 	}
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM)
-	defer cancel()
 	before := countFDs("self")
 	fd, err := sys.SealedMemfd("initial", []byte("initial"))
 	if err != nil {
@@ -85,7 +86,7 @@ func keeperMain() int {
 	}
 	code, err := Run(ctx, Config{
 		Supervisor: tc.Supervisor,
-		Env:        []string{envRole + "=" + tc.Role, envSocket + "=" + os.Getenv(envSocket), EnvFD + "=99"},
+		Env:        []string{envRole + "=" + tc.Role, envSocket + "=" + os.Getenv(envSocket), EnvFD + "=99", noRaceSleep},
 		Log:        hclog.New(&hclog.LoggerOptions{Level: hclog.Debug, Output: os.Stderr}),
 		Backoff:    Backoff{Min: tc.Min, Max: tc.Max},
 		Grace:      tc.Grace,
@@ -100,6 +101,7 @@ func keeperMain() int {
 		fmt.Fprintf(os.Stderr, "%d descriptors before Run, %d after\n", before, after)
 		return exitLeak
 	}
+	cancel()
 	if err := goleak.Find(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return exitLeak
@@ -148,6 +150,7 @@ type response struct {
 	N           int
 	Incarnation uint32
 	Found       []found
+	Text        string
 }
 
 type found struct {
@@ -214,7 +217,7 @@ func supervisorMain() int {
 
 type supervisor struct {
 	c       *Client
-	outputs []*os.File
+	outputs []int
 }
 
 func (s *supervisor) do(cmd command) (r response, err error) {
@@ -263,6 +266,10 @@ func (s *supervisor) do(cmd command) (r response, err error) {
 		r.Pid, err = s.successor(ctx)
 	case "writer":
 		r.Pid, err = s.writer(ctx, cmd)
+	case "read-output":
+		r.Text, err = s.readOutput(ctx)
+	case "output-blocking":
+		r.N, err = s.outputBlocking(ctx)
 	case "raw":
 		r.N, err = s.raw(ctx, cmd)
 	case "hammer":
@@ -341,7 +348,7 @@ func (s *supervisor) successor(ctx context.Context) (pid int, err error) {
 	f := os.NewFile(uintptr(fd), "channel")
 	defer f.Close()
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = []string{envRole + "=supervisor", envSocket + "=" + os.Getenv(envSocket), EnvFD + "=3"}
+	cmd.Env = []string{envRole + "=supervisor", envSocket + "=" + os.Getenv(envSocket), EnvFD + "=3", noRaceSleep}
 	cmd.ExtraFiles = []*os.File{f}
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
@@ -353,21 +360,15 @@ func (s *supervisor) successor(ctx context.Context) (pid int, err error) {
 
 // writer starts a worker whose stdout is a pipe that the keeper holds too.
 func (s *supervisor) writer(ctx context.Context, cmd command) (pid int, err error) {
-	r, w, err := os.Pipe()
-	if err != nil {
+	var p [2]int // blocking, unlike os.Pipe
+	if err := syscall.Pipe2(p[:], syscall.O_CLOEXEC); err != nil {
 		return 0, err
 	}
+	s.outputs = append(s.outputs, p[0]) // held open as a supervisor would
+	w := os.NewFile(uintptr(p[1]), "pipe")
 	defer w.Close()
-	s.outputs = append(s.outputs, r) // held open as a supervisor would
-	rc, err := r.SyscallConn()
+	err = s.c.Put(ctx, Entry{Key: Key{Kind: KindOutput, ID: cmd.From, Name: cmd.Name}, FDs: p[:1]})
 	if err != nil {
-		return 0, err
-	}
-	var perr error
-	err = rc.Control(func(fd uintptr) {
-		perr = s.c.Put(ctx, Entry{Key: Key{Kind: KindOutput, ID: cmd.From, Name: cmd.Name}, FDs: []int{int(fd)}})
-	})
-	if err := errors.Join(err, perr); err != nil {
 		return 0, err
 	}
 	child := exec.Command("/proc/self/exe")
@@ -394,6 +395,40 @@ func writerMain() int {
 		}
 		return r
 	})
+}
+
+// readOutput reads what is in a worker's pipe, as the next supervisor would.
+func (s *supervisor) readOutput(ctx context.Context) (string, error) {
+	es, err := s.c.Get(ctx, KindOutput)
+	if err != nil || len(es) != 1 {
+		return "", fmt.Errorf("%d outputs: %w", len(es), err)
+	}
+	f := os.NewFile(uintptr(es[0].FDs[0]), "output")
+	defer f.Close()
+	buf := make([]byte, 4096)
+	n, err := f.Read(buf)
+	return string(buf[:n]), err
+}
+
+func (s *supervisor) outputBlocking(ctx context.Context) (int, error) {
+	es, err := s.c.Get(ctx, KindOutput)
+	if err != nil || len(es) != 1 {
+		return 0, fmt.Errorf("%d outputs: %w", len(es), err)
+	}
+	defer sys.CloseAll(es[0].FDs)
+	info, err := os.ReadFile("/proc/self/fdinfo/" + strconv.Itoa(es[0].FDs[0]))
+	if err != nil {
+		return 0, err
+	}
+	_, flags, _ := strings.Cut(string(info), "flags:")
+	bits, err := strconv.ParseUint(strings.Fields(flags)[0], 8, 64)
+	if err != nil {
+		return 0, err
+	}
+	if bits&syscall.O_NONBLOCK == 0 {
+		return 1, nil
+	}
+	return 0, nil
 }
 
 // raw sends bytes with Count descriptors on a fresh channel, after HELLO unless

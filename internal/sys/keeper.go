@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -113,8 +114,9 @@ func PidOfPidfd(fd int) (int, error) {
 
 // ExitWatch waits for the death of one process, child or not, in Go's poller.
 type ExitWatch struct {
-	f  *os.File
-	rc syscall.RawConn
+	f      *os.File
+	rc     syscall.RawConn
+	closed atomic.Bool
 }
 
 // NewExitWatch takes ownership of pidfd, also when it fails. It puts the pidfd's
@@ -145,6 +147,9 @@ func (w *ExitWatch) Wait() error {
 		dead, perr = readable(int(fd))
 		return dead || perr != nil
 	})
+	if w.closed.Load() {
+		return os.ErrClosed
+	}
 	return errors.Join(err, perr)
 }
 
@@ -168,7 +173,10 @@ func (w *ExitWatch) Kill() error {
 }
 
 // Close closes the pidfd; a pending Wait returns.
-func (w *ExitWatch) Close() error { return w.f.Close() }
+func (w *ExitWatch) Close() error {
+	w.closed.Store(true)
+	return w.f.Close()
+}
 
 func readable(fd int) (bool, error) {
 	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
