@@ -2,6 +2,7 @@
 # programs, so that it is the same everywhere.
 GO ?= go
 BIN ?= bin
+STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 export KERNELS VMTEST_PKG VMTEST_RUN VMTEST_WITHOUT VMTEST_VERBOSE VMTEST_JSON VMTEST_MIRROR KERNEL MODULES
 
 .PHONY: help build demo test vmtest lint bench
@@ -25,6 +26,7 @@ vmtest: ## the tests on real kernels in QEMU: KERNELS="6.1 7" VMTEST_PKG= VMTEST
 lint: ## gofmt, vet, staticcheck
 	@bad=$$(gofmt -l .); if [ -n "$$bad" ]; then echo "gofmt -w these files:"; echo "$$bad"; exit 1; fi
 	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
 
 bench: ## benchmarks on this machine
 	$(GO) test -run '^$$' -bench . -benchmem ./...

@@ -94,7 +94,11 @@ func (o *Options) kernels(ctx context.Context) ([]Kernel, error) {
 			return nil, fmt.Errorf("kernel %q: give a line of kernels, such as 6.12 or 7", l)
 		}
 	}
-	return o.Cache.Kernels(ctx, o.Kernels)
+	kernels, err := o.Cache.Kernels(ctx, o.Kernels)
+	if err != nil && ctx.Err() == nil {
+		return nil, fmt.Errorf("%w: %w", ErrNoGuests, err)
+	}
+	return kernels, err
 }
 
 // bootAll boots the kernels, o.Jobs at a time, and returns their results in order.

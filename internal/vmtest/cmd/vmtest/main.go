@@ -1,4 +1,5 @@
-// Command vmtest runs the tests on real kernels in QEMU; `make vmtest` calls it.
+// Command vmtest runs the tests on real kernels in QEMU; `make vmtest` calls it,
+// and `make test` with -host.
 //
 // Exit codes: 0 all good, 1 something failed, 2 usage, 3 this machine cannot run
 // guests.
@@ -26,102 +27,94 @@ Boots real kernels in QEMU (no KVM needed) and runs the project's tests in them.
 Kernels are Debian's, fetched with apt into a cache; nothing is installed but
 QEMU and kmod, and those only by root.
 
-Each flag can also be given as the environment variable in parentheses.
+Flags with a name in parentheses can be given as that environment variable too.
 
 `
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
 }
 
+// command is a parsed command line.
+type command struct {
+	options  vmtest.Options
+	host     bool
+	ci       bool // everything must have run
+	jsonFile string
+	limit    time.Duration
+	stdout   io.Writer
+	stderr   io.Writer
+}
+
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	start := time.Now()
-	o := vmtest.Options{Root: "."}
-	fs := flag.NewFlagSet("vmtest", flag.ContinueOnError)
-	fs.SetOutput(stderr)
-	fs.Usage = func() {
-		fmt.Fprint(stderr, usage)
-		fs.PrintDefaults()
+	c, err := parse(args, stdout, stderr)
+	if errors.Is(err, flag.ErrHelp) {
+		return 0
 	}
-	kernels := fs.String("kernels", os.Getenv("KERNELS"), "lines of kernels, such as \"6.1 7\" (KERNELS; all: "+strings.Join(vmtest.DefaultKernels, " ")+")")
-	pkg := fs.String("pkg", os.Getenv("VMTEST_PKG"), "packages: a regular expression on their paths, such as '^ktls$' (VMTEST_PKG)")
-	fs.StringVar(&o.Run, "run", os.Getenv("VMTEST_RUN"), "tests: a regular expression as for go test -run (VMTEST_RUN)")
-	without := fs.String("without", os.Getenv("VMTEST_WITHOUT"), "kernel modules to leave out, to see the run fail (VMTEST_WITHOUT)")
-	fs.StringVar(&o.Image, "kernel", os.Getenv("KERNEL"), "a kernel image of your own (KERNEL); needs -modules")
-	fs.StringVar(&o.Modules, "modules", os.Getenv("MODULES"), "its lib/modules/VERSION folder (MODULES)")
-	mirror := fs.String("mirror", os.Getenv("VMTEST_MIRROR"), "a Debian mirror, instead of the machine's own (VMTEST_MIRROR)")
-	jsonFile := fs.String("json", os.Getenv("VMTEST_JSON"), "write the results to this file too (VMTEST_JSON)")
-	fs.IntVar(&o.Jobs, "jobs", 1, "guests at the same time")
-	fs.IntVar(&o.CPUs, "cpus", 2, "processors of a guest")
-	fs.IntVar(&o.Memory, "memory", 2048, "memory of a guest, in MiB")
-	fs.DurationVar(&o.BootLimit, "boot-limit", 8*time.Minute, "time limit of one guest")
-	limit := fs.Duration("limit", 20*time.Minute, "time limit of the whole run")
-	fs.BoolVar(&o.Verbose, "v", os.Getenv("VMTEST_VERBOSE") != "", "print every line of the tests (VMTEST_VERBOSE)")
+	if err != nil {
+		fmt.Fprintf(stderr, "vmtest: %v; see -help\n", err)
+		return 2
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.limit)
+	defer cancel()
+	return c.run(ctx)
+}
+
+func parse(args []string, stdout, stderr io.Writer) (*command, error) {
+	c := &command{ci: os.Getenv("CI") == "true", stdout: stdout, stderr: stderr}
+	o := &c.options
+	o.Root = "."
+	fs := flag.NewFlagSet("vmtest", flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	env := os.Getenv
+	kernels := fs.String("kernels", env("KERNELS"), "lines of kernels, such as \"6.1 7\"; default \""+strings.Join(vmtest.DefaultKernels, " ")+"\" (KERNELS)")
+	pkg := fs.String("pkg", env("VMTEST_PKG"), "packages: a regular expression on their paths, such as '^ktls$' (VMTEST_PKG)")
+	fs.StringVar(&o.Run, "run", env("VMTEST_RUN"), "tests: a regular expression as for go test -run (VMTEST_RUN)")
+	without := fs.String("without", env("VMTEST_WITHOUT"), "kernel modules to leave out, to see the run fail (VMTEST_WITHOUT)")
+	fs.StringVar(&o.Image, "kernel", env("KERNEL"), "a kernel image of your own; needs -modules (KERNEL)")
+	fs.StringVar(&o.Modules, "modules", env("MODULES"), "its lib/modules/VERSION folder (MODULES)")
+	mirror := fs.String("mirror", env("VMTEST_MIRROR"), "a Debian mirror, instead of the machine's own (VMTEST_MIRROR)")
+	fs.StringVar(&c.jsonFile, "json", env("VMTEST_JSON"), "write the guests' results to this file too (VMTEST_JSON)")
+	fs.IntVar(&o.Jobs, "jobs", 0, "guests at the same time")
+	fs.IntVar(&o.CPUs, "cpus", 0, "processors of a guest")
+	fs.IntVar(&o.Memory, "memory", 0, "memory of a guest, in MiB")
+	fs.DurationVar(&o.BootLimit, "boot-limit", 0, "time limit of one guest")
+	fs.DurationVar(&c.limit, "limit", 22*time.Minute, "time limit of the whole run")
+	fs.BoolVar(&o.Verbose, "v", env("VMTEST_VERBOSE") != "", "print every line of the tests (VMTEST_VERBOSE)")
 	fs.BoolVar(&o.KeepDir, "keep", false, "leave initramfs and consoles behind")
+	fs.BoolVar(&c.host, "host", false, "first run all tests on this machine; a machine that cannot run guests is then no failure, unless CI=true")
 	if err := fs.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
-			return 0
+			fmt.Fprint(stdout, usage)
+			fs.SetOutput(stdout)
+			fs.PrintDefaults()
 		}
-		return 2
+		return nil, err
 	}
-	o.Kernels = words(*kernels)
-	o.Without = words(*without)
 	if fs.NArg() > 0 {
-		fmt.Fprintf(stderr, "vmtest: unknown argument %q; see -help\n", fs.Arg(0))
-		return 2
+		return nil, fmt.Errorf("unknown argument %q", fs.Arg(0))
 	}
+	o.Kernels, o.Without = words(*kernels), words(*without)
 	if *pkg != "" {
 		re, err := regexp.Compile(*pkg)
 		if err != nil {
-			fmt.Fprintf(stderr, "vmtest: -pkg: %v\n", err)
-			return 2
+			return nil, fmt.Errorf("-pkg: %w", err)
 		}
 		o.Packages = re
 	}
+	start := time.Now()
 	o.Say = func(format string, args ...any) {
-		fmt.Fprintf(stdout, "[%4.0fs] "+format+"\n", append([]any{time.Since(start).Seconds()}, args...)...)
+		fmt.Fprintf(stdout, "[%4.0fs] %s\n", time.Since(start).Seconds(), fmt.Sprintf(format, args...))
 	}
 	dir, err := vmtest.DefaultCacheDir()
 	if err != nil {
-		fmt.Fprintf(stderr, "vmtest: %v\n", err)
-		return 1
+		return nil, err
 	}
 	o.Cache = &vmtest.Cache{Dir: dir, Mirror: *mirror, Say: o.Say}
-
-	ctx, cancel := context.WithTimeout(ctx, *limit)
-	defer cancel()
-	results, err := vmtest.Run(ctx, o)
-	code := 0
-	if err != nil {
-		fmt.Fprintf(stderr, "vmtest: %v\n", err)
-		code = 1
-		if errors.Is(err, vmtest.ErrNoGuests) {
-			return 3
-		}
-	}
-	if *jsonFile != "" {
-		if err := vmtest.WriteJSON(*jsonFile, results); err != nil {
-			fmt.Fprintf(stderr, "vmtest: %v\n", err)
-			code = 1
-		}
-	}
-	if len(results) == 0 {
-		return 1
-	}
-	if !vmtest.Good(results) {
-		code = 1
-	}
-	fmt.Fprintln(stdout)
-	if err := vmtest.Table(stdout, results); err != nil {
-		code = 1
-	}
-	sum := vmtest.Total(results)
-	fmt.Fprintf(stdout, "%d passed, %d failed, %d skipped\n", sum.Passed, sum.Failed, sum.Skipped)
-	return code
+	return c, nil
 }
 
 func words(s string) []string {
