@@ -83,6 +83,9 @@ func (w *wire) JoinGroup(_ context.Context, name string) error {
 	if w.refuse != nil {
 		return w.refuse
 	}
+	if w.group == name {
+		return nil
+	}
 	w.group = name
 	if w.home != "" && w.home == name {
 		w.home = ""

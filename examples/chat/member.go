@@ -109,10 +109,7 @@ func (m *member) start(ctx context.Context) error {
 		m.tell(fmt.Sprintf("* welcome, %s: /join ROOM to talk, /help for more", m.nick))
 	}
 	if m.wants == "" {
-		if m.conn.Group() == "" {
-			return nil
-		}
-		return m.conn.LeaveGroup(ctx) // what a move cut short
+		return m.nowhere(ctx) // a move may have cut that short
 	}
 	return m.join(ctx)
 }
@@ -142,15 +139,13 @@ func (m *member) save() error {
 // when the room lives in another process: the handler starts again there and
 // comes here once more.
 func (m *member) join(ctx context.Context) error {
-	if m.conn.Group() != m.wants {
-		err := m.conn.JoinGroup(ctx, m.wants)
-		if errors.Is(err, handoff.ErrMoving) || ctx.Err() != nil {
-			return err
-		}
-		if err != nil {
-			m.tell(fmt.Sprintf("* you cannot join %s: %v", m.wants, err))
-			return m.nowhere(ctx)
-		}
+	err := m.conn.JoinGroup(ctx, m.wants)
+	if errors.Is(err, handoff.ErrMoving) || ctx.Err() != nil {
+		return err
+	}
+	if err != nil {
+		m.tell(fmt.Sprintf("* you cannot join %s: %v", m.wants, err))
+		return m.nowhere(ctx)
 	}
 	if err := m.chat.rooms.enter(m, m.wants, !m.joined); err != nil {
 		m.tell("* " + err.Error())
@@ -163,14 +158,20 @@ func (m *member) join(ctx context.Context) error {
 	return nil
 }
 
-// nowhere takes the member out of whatever group it is in.
+// nowhere takes the member out of its room and out of whatever group it is in.
 func (m *member) nowhere(ctx context.Context) error {
 	m.chat.rooms.leave(m)
 	m.wants, m.joined = "", false
 	if m.conn.Group() == "" {
 		return nil
 	}
-	return m.conn.LeaveGroup(ctx)
+	err := m.conn.LeaveGroup(ctx)
+	if errors.Is(err, handoff.ErrMoving) || ctx.Err() != nil {
+		return err
+	}
+	// Without a supervisor the group stays as it is, which harms nobody: who is
+	// in a room is for the room to say.
+	return nil
 }
 
 // listen obeys lines until the session ends or moves.
