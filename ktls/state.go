@@ -103,6 +103,9 @@ type record struct {
 	Empties    uint8 `cbor:"22,keyasint,omitempty"`
 	Warnings   uint8 `cbor:"23,keyasint,omitempty"`
 	Handshakes uint8 `cbor:"24,keyasint,omitempty"`
+
+	Wire    uint64 `cbor:"25,keyasint,omitempty"` // kernel layer, see wirePosition
+	WireSeq uint64 `cbor:"26,keyasint,omitempty"`
 }
 
 // secrets are kept beside a kernel session by the process that made it.
@@ -159,6 +162,7 @@ func (c *Conn) Detach() (Socket, *State, error) {
 		Unread: slices.Clone(c.unread), Queued: c.queued, Hand: slices.Clone(c.hand),
 		RXEnd: c.rxEnd, TXEnd: c.txEnd, Owed: c.owed.Load(), Asked: c.rxAsked,
 		RXUsed: c.rxUsed, TXUsed: c.txUsed, RXGen: c.rxGen, TXGen: c.txGen,
+		Wire: st.wire, WireSeq: st.wireSeq,
 		Empties: c.floods.empties, Warnings: c.floods.warnings, Handshakes: c.floods.handshakes,
 	}
 	if c.layer.kind() == LayerSoftware {
