@@ -19,7 +19,7 @@ import (
 //	header page                     one slot per session, slotSize bytes
 //	+---------------------------+   +-----------------------------------+
 //	| magic, version, sizes     |   | entry A: owner, epoch, phase, crc |
-//	| incarnation, next id      |   | entry B: the same, older or newer |
+//	| next id                   |   | entry B: the same, older or newer |
 //	| counters                  |   | facts:  crc, length, CBOR         |
 //	+---------------------------+   | record: state, crc, length, CBOR  |
 //	                                +-----------------------------------+
@@ -40,14 +40,13 @@ const (
 	recordOff  = factsOff + factsSize
 	recordSize = slotSize - recordOff
 
-	hdrMagic       = 0
-	hdrVersion     = 8
-	hdrSlots       = 12
-	hdrIncarnation = 16
-	hdrNextID      = 24
-	hdrStarted     = 32
-	hdrCounters    = 64
-	hdrReasons     = hdrCounters + 8*32
+	hdrMagic    = 0
+	hdrVersion  = 8
+	hdrSlots    = 12
+	hdrNextID   = 24
+	hdrStarted  = 32
+	hdrCounters = 64
+	hdrReasons  = hdrCounters + 8*32
 )
 
 var crcTable = crc32.MakeTable(crc32.Castagnoli)
@@ -156,14 +155,6 @@ func openLedger(fd int) (*ledger, error) {
 }
 
 func (l *ledger) close() { _ = sys.Unmap(l.mem) }
-
-// nextIncarnation raises and returns the incarnation: the upper half of every
-// epoch this supervisor gives out.
-func (l *ledger) nextIncarnation() uint32 {
-	n := binary.LittleEndian.Uint32(l.mem[hdrIncarnation:]) + 1
-	binary.LittleEndian.PutUint32(l.mem[hdrIncarnation:], n)
-	return n
-}
 
 func (l *ledger) nextID() uint64 {
 	n := binary.LittleEndian.Uint64(l.mem[hdrNextID:])

@@ -96,3 +96,11 @@ func PeerUID(fd int) (uint32, error) {
 	}
 	return cred.Uid, nil
 }
+
+// TCPOpen reports whether a TCP connection is open in the sending direction:
+// ESTABLISHED or CLOSE_WAIT (tcp(7), TCP_INFO).
+func TCPOpen(fd int) bool {
+	const established, closeWait = 1, 8 // enum in the kernel's include/net/tcp_states.h
+	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	return err == nil && (info.State == established || info.State == closeWait)
+}

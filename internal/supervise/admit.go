@@ -1,0 +1,98 @@
+package supervise
+
+import (
+	"errors"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+)
+
+// admitSession enters a new session into the ledger: first its record state, then
+// its socket at the keeper, then a worker. It owns a.fd.
+func (s *Supervisor) admitSession(a *admission) {
+	p := s.pools[a.facts.Pool]
+	if p == nil || s.stopping || len(s.freeSlots) == 0 || len(s.sessions) >= s.cfg.MaxSessions {
+		why := "max_sessions is reached"
+		switch {
+		case p == nil:
+			why = "its pool does not exist"
+		case s.stopping:
+			why = "the unit is stopping"
+		}
+		s.log.Warn("session refused", "peer", a.facts.Peer, "why", why)
+		s.led.count(cntHandshakeRefused, 1)
+		_ = sys.ShutdownBoth(a.fd)
+		sys.CloseAll([]int{a.fd})
+		return
+	}
+	slot := s.freeSlots[len(s.freeSlots)-1]
+	s.freeSlots = s.freeSlots[:len(s.freeSlots)-1]
+	ss := &session{id: s.led.nextID(), slot: slot, pool: p, accepted: s.now().UnixNano(), software: a.software}
+	ss.epoch = s.nextEpoch()
+	err := s.led.putFacts(slot, &a.facts)
+	if errors.Is(err, errTooLarge) {
+		err = s.keepBigFacts(ss, a)
+	}
+	if err == nil {
+		err = s.led.putRecord(slot, &a.record)
+	}
+	if err != nil {
+		s.log.Error("session refused: it does not fit the ledger", "peer", a.facts.Peer, "error", err)
+		s.led.count(cntHandshakeRefused, 1)
+		_ = sys.ShutdownBoth(a.fd)
+		sys.CloseAll([]int{a.fd})
+		s.led.free(slot)
+		s.freeSlots = append(s.freeSlots, slot)
+		return
+	}
+	s.led.put(slot, ss.slotEntry())
+	s.led.count(cntAccepted, 1)
+	s.sessions[ss.id] = ss
+	s.log.Debug("session", "session", sid(ss.id), "peer", a.facts.Peer, "pool", p.name, "software", a.software, "reason", a.facts.Reason)
+	rec := a.record.Record
+	s.retain.put(keeper.Entry{Key: ss.key(), FDs: []int{a.fd}}, func(err error) {
+		if s.sessions[ss.id] != ss {
+			return
+		}
+		if err != nil {
+			s.lose(ss, "the keeper cannot hold its socket: "+err.Error())
+			return
+		}
+		s.park(ss, wire.Cargo{Record: rec}, 0)
+	})
+}
+
+// keepBigFacts stores facts that are too large for the slot (a client's
+// certificates) with the keeper.
+func (s *Supervisor) keepBigFacts(ss *session, a *admission) error {
+	fd, err := sys.SealedMemfd("ktlsvisor-facts", a.facts.Facts)
+	if err != nil {
+		return err
+	}
+	ss.bigFacts = a.facts.Facts
+	small := a.facts
+	small.Facts, small.Overflow = nil, true
+	if err := s.led.putFacts(ss.slot, &small); err != nil {
+		sys.CloseAll([]int{fd})
+		return err
+	}
+	s.retain.put(keeper.Entry{Key: ss.overflowKey(), FDs: []int{fd}}, nil)
+	return nil
+}
+
+// inspectLost looks whether a session of the software layer, whose worker died,
+// had ended already; if not, it is lost.
+func (s *Supervisor) inspectLost(ss *session) {
+	s.retain.inspect(ss.id, func(open bool) {
+		if s.sessions[ss.id] != ss {
+			return
+		}
+		if open {
+			s.lose(ss, "its worker died, and its record state with it (software layer; the kernel layer survives this)")
+			return
+		}
+		s.led.count(cntClosedUnknown, 1)
+		s.end(ss)
+	})
+}

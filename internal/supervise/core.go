@@ -1,0 +1,276 @@
+// Package supervise is the supervisor: it accepts and handshakes, keeps the
+// ledger of sessions, starts workers, moves sessions between them, and is itself
+// replaceable at any moment.
+//
+// One goroutine, run, owns the ledger and everything else that changes. Others
+// (handshakes, channels, deaths, the admin API) talk to it by posting functions.
+// Nothing that can wait runs in it: sends go through an outbox per worker, orders
+// to the keeper through the retainer, processes are started elsewhere.
+package supervise
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"sort"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/admin"
+	"github.com/ktlsvisor/ktlsvisor/internal/config"
+	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+)
+
+// tick is how often time limits are looked at.
+const tick = 20 * time.Millisecond
+
+// Supervisor is one supervisor process.
+type Supervisor struct {
+	log     hclog.Logger
+	version string
+	cfg     *config.Config
+	keeper  *keeper.Client
+	retain  *retainer
+	now     func() time.Time
+	started time.Time
+	ready   time.Duration // from start to serving
+
+	ctx    context.Context // ends with the supervisor
+	cancel context.CancelFunc
+
+	events chan func()
+	stop   chan struct{} // closed to end run
+	done   chan struct{} // closed when run has ended
+
+	// Owned by run from here on.
+	led          *ledger
+	incarnation  uint32
+	generation   uint32
+	epochs       uint32
+	lastWorker   uint64
+	sessions     map[uint64]*session
+	freeSlots    []int
+	workers      map[uint64]*worker
+	pools        map[string]*pool
+	groups       map[groupKey]*group
+	attempts     map[*attempt]struct{}
+	groupMoves   map[*groupMove]struct{}
+	quiescing    bool // a successor is about to start: begin nothing new
+	stopping     bool
+	idle         []func() // called when nothing is under way
+	recovery     *recovery
+	waitingReady func() // first start: called when every pool has a worker
+	allDead      func() // stop: called when no worker is left
+
+	// Set before run starts, or safe for concurrent use.
+	front         *front
+	adminListener net.Listener
+	keeperPID     int
+	kernel        admin.KernelStatus
+	gate          lateGate
+	successor     int // pid, set before UpgradeSupervisor answers
+}
+
+// post hands f to the goroutine that owns the ledger; it is dropped when that has
+// ended.
+func (s *Supervisor) post(f func()) {
+	select {
+	case s.events <- f:
+	case <-s.done:
+	}
+}
+
+// call runs f in the goroutine that owns the ledger and waits for it; false when
+// the supervisor is no longer in charge.
+func (s *Supervisor) call(f func()) bool {
+	ran := make(chan struct{})
+	s.post(func() { f(); close(ran) })
+	select {
+	case <-ran:
+		return true
+	case <-s.done:
+		select {
+		case <-ran:
+			return true
+		default:
+			return false
+		}
+	}
+}
+
+func (s *Supervisor) run() {
+	defer close(s.done)
+	t := time.NewTicker(tick)
+	defer t.Stop()
+	for {
+		select {
+		case f := <-s.events:
+			f()
+			// Take what has come meanwhile before looking at what to do next, so that
+			// orders go out in batches.
+			for n := len(s.events); n > 0; n-- {
+				(<-s.events)()
+			}
+		case <-t.C:
+			s.onTick(s.now())
+		case <-s.stop:
+			return
+		}
+		s.pump()
+	}
+}
+
+// pump starts whatever is due: parked sessions to workers, sessions away from
+// retiring workers, upgrades to their next step.
+func (s *Supervisor) pump() {
+	if s.recovery != nil {
+		return
+	}
+	if !s.quiescing {
+		for _, p := range s.pools {
+			s.placeParked(p)
+			s.emptyRetiring(p)
+		}
+	}
+	for _, p := range s.pools {
+		s.stepUpgrade(p)
+	}
+	if len(s.idle) > 0 && s.isIdle() {
+		for _, f := range s.idle {
+			f()
+		}
+		s.idle = nil
+	}
+}
+
+// isIdle says whether nothing is under way that a successor could not see.
+func (s *Supervisor) isIdle() bool {
+	if len(s.attempts) > 0 || len(s.groupMoves) > 0 {
+		return false
+	}
+	for _, p := range s.pools {
+		if p.starting > 0 || p.op != nil {
+			return false
+		}
+	}
+	for _, w := range s.workers {
+		if w.state == workerStarting {
+			return false
+		}
+	}
+	return true
+}
+
+func (s *Supervisor) onTick(now time.Time) {
+	for a := range s.attempts {
+		if now.After(a.deadline) {
+			s.attemptTimedOut(a)
+		}
+	}
+	for gm := range s.groupMoves {
+		if now.After(gm.deadline) {
+			s.abortGroup(gm, "no safe point within the time limit")
+		}
+	}
+	for _, w := range s.workers {
+		if w.deadline.IsZero() || !now.After(w.deadline) {
+			continue
+		}
+		switch w.state {
+		case workerStarting:
+			s.log.Error("worker did not get ready in time", "pool", w.pool.name, "pid", w.pid,
+				"limit", time.Duration(w.pool.cfg.ReadyTimeout))
+			s.kill(w, "not ready within ready_timeout")
+		case workerStopping:
+			s.kill(w, "did not stop in time")
+		default:
+		}
+	}
+	for _, p := range s.pools {
+		s.restartDue(p, now)
+	}
+	if r := s.recovery; r != nil && now.After(r.deadline) {
+		s.recoveryTimedOut()
+	}
+}
+
+func sid(id uint64) string { return fmt.Sprintf("s%d", id) }
+
+// onMessage handles one message of a worker. What does not fit is either late
+// (an epoch that is no longer in force: ignored) or wrong (the worker is
+// detached).
+func (s *Supervisor) onMessage(w *worker, ch *wire.Channel, m *wire.Message) {
+	if w.ch != ch || w.state == workerDead {
+		m.CloseSockets()
+		return
+	}
+	var err error
+	switch m.Type {
+	case wire.TypeHello:
+		err = s.onHello(w, m.Hello)
+	case wire.TypeReady:
+		err = s.onReady(w)
+	case wire.TypeParked:
+		err = s.onParked(w, m)
+	case wire.TypeAdopted:
+		err = s.onAdopted(w, m)
+	case wire.TypeRefused:
+		err = s.onRefused(w, m)
+	case wire.TypeClosed:
+		err = s.onClosed(w, m)
+	case wire.TypeGroup:
+		err = s.onGroup(w, m)
+	case wire.TypeInventoryReply:
+		err = s.onInventory(w, m)
+	case wire.TypePong:
+	default:
+		err = fmt.Errorf("%w: %s is not for workers to send", wire.ErrProtocol, m.Type)
+	}
+	if err != nil {
+		s.detach(w, err)
+	}
+}
+
+func (s *Supervisor) onClosed(w *worker, m *wire.Message) error {
+	refs := make([]wire.Ref, 0, len(m.Closed))
+	for _, c := range m.Closed {
+		refs = append(refs, c.Ref)
+		ss := s.sessions[c.ID]
+		if ss == nil {
+			continue // told again after a restart of ours
+		}
+		if ss.owner != w {
+			return fmt.Errorf("%w: it says that session %s ended, which it does not own", wire.ErrProtocol, sid(c.ID))
+		}
+		s.led.countClosed(c.Reason)
+		s.log.Debug("session ended", "session", sid(c.ID), "pool", w.pool.name, "reason", c.Reason, "detail", printable([]byte(c.Text)))
+		if ss.attempt != nil && ss.pool.op != nil {
+			ss.pool.op.report.Closed++
+		}
+		if c.Reason == wire.ReasonOperator || c.Reason == wire.ReasonLayer || c.Reason == wire.ReasonHandler {
+			s.retain.shutdown(c.ID) // in case it did not get so far itself
+		}
+		s.end(ss)
+	}
+	s.sendRefs(w, wire.TypeClosedAck, refs)
+	return nil
+}
+
+// socketMissing is told that the keeper could not give the socket of an attempt's
+// session.
+func (s *Supervisor) socketMissing(w *worker, ref wire.Ref) {
+	if ss := s.sessions[ref.ID]; ss != nil && ss.attempt != nil && ss.attempt.epoch == ref.Epoch && ss.attempt.to == w {
+		s.refuse(ss.attempt, "its socket could not be fetched from the keeper")
+	}
+}
+
+func sortedWorkers(m map[uint64]*worker) []*worker {
+	out := make([]*worker, 0, len(m))
+	for _, w := range m {
+		out = append(out, w)
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].id < out[j].id })
+	return out
+}

@@ -1,0 +1,379 @@
+package supervise
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+)
+
+const (
+	// window is how many sessions of one worker are under way at once; it bounds
+	// the state in flight (the protocol's credit).
+	window = 256
+	// adoptTimeout bounds how long a worker may take to answer ADOPT.
+	adoptTimeout = 10 * time.Second
+	// retryAfter is when a session that reached no safe point is asked again.
+	retryAfter = 2 * time.Second
+	// maxRefusals is how many workers may refuse a session that has no owner to
+	// go back to.
+	maxRefusals = 8
+)
+
+// addAttempt begins an attempt; its session has none.
+func (s *Supervisor) addAttempt(a *attempt) {
+	a.epoch, a.began = s.nextEpoch(), s.now()
+	a.s.attempt = a
+	s.attempts[a] = struct{}{}
+	if a.to != nil {
+		a.to.incoming++
+	}
+}
+
+// dropAttempt forgets an attempt without telling anyone.
+func (s *Supervisor) dropAttempt(a *attempt) {
+	if a.s.attempt != a {
+		return
+	}
+	a.s.attempt = nil
+	delete(s.attempts, a)
+	if a.to != nil {
+		a.to.incoming--
+	}
+	if a.gm != nil {
+		delete(a.gm.members, a.s.id)
+		s.groupProgress(a.gm)
+	}
+}
+
+// freeze asks the owner of sessions to bring them to a safe point. dest is the
+// wanted new owner; nil leaves the choice for when they are parked.
+func (s *Supervisor) freeze(from *worker, list []*session, dest *worker) {
+	refs := make([]wire.Ref, 0, len(list))
+	for _, ss := range list {
+		a := &attempt{s: ss, from: from, step: stepFreezing, dest: dest,
+			deadline: s.now().Add(time.Duration(from.pool.cfg.FreezeTimeout))}
+		s.addAttempt(a)
+		refs = append(refs, wire.Ref{ID: ss.id, Epoch: a.epoch})
+	}
+	s.sendRefs(from, wire.TypeFreeze, refs)
+}
+
+// emptyRetiring moves sessions away from workers that are to go, a window's worth
+// at a time.
+func (s *Supervisor) emptyRetiring(p *pool) {
+	now := s.now()
+	for _, w := range sortedWorkers(p.workers) {
+		if w.state != workerRetiring {
+			continue
+		}
+		if len(w.sessions) == 0 && w.incoming == 0 {
+			if p.op == nil {
+				s.stopWorker(w, "all its sessions have moved")
+			}
+			continue
+		}
+		if w.ch == nil || p.target() == nil {
+			continue
+		}
+		room := window
+		for _, ss := range w.sessions {
+			if ss.attempt != nil {
+				room--
+			}
+		}
+		var list []*session
+		for _, ss := range w.sessions {
+			if room <= 0 {
+				break
+			}
+			if ss.attempt != nil || now.Before(ss.retryAt) {
+				continue
+			}
+			if g := s.groupOf(ss); g != nil {
+				room -= s.freezeGroup(g)
+				continue
+			}
+			list = append(list, ss)
+			room--
+		}
+		if len(list) > 0 {
+			s.freeze(w, list, nil)
+		}
+	}
+}
+
+// placeParked gives sessions without an owner to workers.
+func (s *Supervisor) placeParked(p *pool) {
+	if len(p.parked) == 0 {
+		return
+	}
+	now := s.now()
+	items := map[*worker][]wire.Item{}
+	for _, ss := range p.parked {
+		if now.Before(ss.retryAt) {
+			continue
+		}
+		to := p.target()
+		if g := s.groupOf(ss); g != nil {
+			if g.home == nil {
+				g.home = to
+			}
+			to = g.home
+		}
+		if to == nil || !to.usable() || to.incoming >= 2*window {
+			continue
+		}
+		a := &attempt{s: ss, to: to, step: stepAdopting, cargo: ss.cargo, flags: ss.flags, deadline: now.Add(adoptTimeout)}
+		delete(p.parked, ss.id)
+		ss.cargo = wire.Cargo{}
+		s.addAttempt(a)
+		items[to] = append(items[to], s.item(a))
+	}
+	for w, list := range items {
+		s.adopt(w, list)
+	}
+}
+
+// item is what the target of an attempt gets.
+func (s *Supervisor) item(a *attempt) wire.Item {
+	it := wire.Item{Ref: wire.Ref{ID: a.s.id, Epoch: a.epoch}, Group: a.s.group, Flags: a.flags,
+		Cargo: wire.Cargo{Facts: a.s.facts(s.led), Record: a.cargo.Record, App: a.cargo.App}}
+	if a.joins != "" {
+		it.Group = a.joins
+	}
+	return it
+}
+
+func (s *Supervisor) adopt(to *worker, items []wire.Item) {
+	for _, batch := range wire.BatchItems(items) {
+		s.send(to, &wire.Message{Type: wire.TypeAdopt, Items: batch})
+	}
+}
+
+// onParked takes sessions that reached their safe point and offers them to their
+// new owner.
+func (s *Supervisor) onParked(w *worker, m *wire.Message) error {
+	if m.Group != "" {
+		return s.onGroupParked(w, m)
+	}
+	items := map[*worker][]wire.Item{}
+	for i := range m.Items {
+		it := &m.Items[i]
+		ss := s.sessions[it.ID]
+		if ss == nil || ss.owner != w {
+			return fmt.Errorf("%w: PARKED for session %s, which it does not own", wire.ErrProtocol, sid(it.ID))
+		}
+		a := ss.attempt
+		if a == nil || a.epoch != it.Epoch || a.step != stepFreezing || a.gm != nil {
+			continue // of an attempt that was given up; its THAW is under way
+		}
+		a.cargo = wire.Cargo{Record: it.Cargo.Record, App: it.Cargo.App}
+		a.flags = wire.FlagRestored
+		to := a.dest
+		if to == nil || !to.usable() {
+			to = w.pool.target()
+		}
+		if to == nil || to == w {
+			s.refuse(a, "no worker can take it")
+			continue
+		}
+		a.to, a.step, a.deadline = to, stepAdopting, s.now().Add(adoptTimeout)
+		to.incoming++
+		items[to] = append(items[to], s.item(a))
+	}
+	for to, list := range items {
+		s.adopt(to, list)
+	}
+	return nil
+}
+
+// onAdopted commits: from here on the new worker owns the session, whatever dies.
+func (s *Supervisor) onAdopted(w *worker, m *wire.Message) error {
+	var resume []wire.Ref
+	release := map[*worker][]wire.Ref{}
+	for _, ref := range m.Refs {
+		ss := s.sessions[ref.ID]
+		if ss == nil || ss.attempt == nil || ss.attempt.epoch != ref.Epoch || ss.attempt.to != w || ss.attempt.step != stepAdopting {
+			continue // late: ABORT is under way, or the session is gone
+		}
+		a := ss.attempt
+		if a.gm != nil {
+			a.adopted = true
+			s.groupProgress(a.gm)
+			continue
+		}
+		from := a.from
+		s.commit(a)
+		resume = append(resume, ref)
+		if from != nil {
+			release[from] = append(release[from], ref)
+		}
+	}
+	s.sendRefs(w, wire.TypeResume, resume)
+	for from, refs := range release {
+		s.sendRefs(from, wire.TypeRelease, refs)
+	}
+	return nil
+}
+
+// commit records the new owner. After it, and only after it, RESUME may be sent.
+func (s *Supervisor) commit(a *attempt) {
+	ss, now := a.s, s.now()
+	if a.from != nil {
+		delete(a.from.sessions, ss.id)
+		ss.moves++
+		s.led.count(cntMoved, 1)
+		if op := ss.pool.op; op != nil {
+			op.committed(a, now)
+		}
+		if ss.pool.op != nil && a.to.gen < a.from.gen {
+			s.led.count(cntReturned, 1)
+		}
+	}
+	ss.owner, ss.epoch, ss.refusals, ss.flags = a.to, a.epoch, 0, 0
+	a.to.sessions[ss.id] = ss
+	if a.joins != "" {
+		ss.group = a.joins
+		s.joinGroup(ss)
+	}
+	if ss.software {
+		s.led.voidRecord(ss.slot) // from here on only the owner knows its sequence numbers
+	}
+	s.led.put(ss.slot, ss.slotEntry())
+	a.gm = nil
+	s.dropAttempt(a)
+	wipe(a.cargo.Record)
+}
+
+func (s *Supervisor) onRefused(w *worker, m *wire.Message) error {
+	for _, r := range m.Refused {
+		ss := s.sessions[r.ID]
+		if ss == nil || ss.attempt == nil || ss.attempt.epoch != r.Epoch || ss.attempt.to != w {
+			continue
+		}
+		s.refuse(ss.attempt, fmt.Sprintf("worker (pid %d): %s", w.pid, printable([]byte(r.Why))))
+	}
+	return nil
+}
+
+// refuse ends an attempt whose target cannot take the session: back to the old
+// owner if there is one, else to another worker.
+func (s *Supervisor) refuse(a *attempt, why string) {
+	if a.gm != nil {
+		s.abortGroup(a.gm, why)
+		return
+	}
+	s.log.Warn("session stays", "session", sid(a.s.id), "pool", a.s.pool.name, "why", why)
+	s.giveUp(a, why)
+}
+
+// giveUp is refuse for one session, without its group: ABORT to the target, THAW
+// to the owner.
+func (s *Supervisor) giveUp(a *attempt, why string) {
+	ss := a.s
+	if op := ss.pool.op; op != nil {
+		op.reason(why)
+	}
+	if a.to != nil && a.step == stepAdopting {
+		s.sendRefs(a.to, wire.TypeAbort, []wire.Ref{{ID: ss.id, Epoch: a.epoch}})
+	}
+	ss.retryAt = s.now().Add(retryAfter)
+	if a.joins != "" {
+		ss.joinFails++
+	}
+	s.dropAttempt(a)
+	if a.from != nil {
+		s.sendRefs(a.from, wire.TypeThaw, []wire.Ref{{ID: ss.id, Epoch: a.epoch}})
+		return
+	}
+	ss.refusals++
+	if ss.refusals >= maxRefusals {
+		wipe(a.cargo.Record)
+		s.lose(ss, fmt.Sprintf("no worker could take it (%d tried); the last said: %s", ss.refusals, why))
+		return
+	}
+	ss.retryAt = s.now().Add(100 * time.Millisecond)
+	s.park(ss, a.cargo, a.flags)
+}
+
+// park keeps a session without an owner until a worker takes it.
+func (s *Supervisor) park(ss *session, c wire.Cargo, flags wire.Flags) {
+	ss.cargo, ss.flags = c, flags
+	ss.pool.parked[ss.id] = ss
+}
+
+func (s *Supervisor) attemptTimedOut(a *attempt) {
+	switch {
+	case a.gm != nil: // the group has its own limit
+	case a.step == stepFreezing:
+		s.giveUp(a, "no safe point within freeze_timeout")
+	default:
+		s.refuse(a, "the new worker did not answer in time")
+	}
+}
+
+// abortAttemptsOf ends the attempts that need a worker which is dead or detached.
+func (s *Supervisor) abortAttemptsOf(w *worker, why string) {
+	for gm := range s.groupMoves {
+		if gm.to == w || gm.from == w && !gm.allParked {
+			s.abortGroup(gm, why)
+		}
+	}
+	for a := range s.attempts {
+		switch {
+		case a.gm != nil:
+		case a.to == w:
+			s.refuse(a, why)
+		case a.from == w && a.step == stepFreezing:
+			s.giveUp(a, why)
+		}
+	}
+}
+
+// orphan takes a session from an owner that has been seen dead. One that was
+// parked goes on from its parked state. Otherwise in the kernel layer the socket
+// has everything and the record stream is exact; what the application had in hand
+// is gone, so it counts as interrupted. In the software layer the record state
+// died with the worker, and going on could use a sequence number twice (I5).
+func (s *Supervisor) orphan(ss *session, w *worker) {
+	delete(w.sessions, ss.id)
+	ss.owner = nil
+	if g := s.groupOf(ss); g != nil && g.home == w {
+		g.home = nil
+	}
+	if a := ss.attempt; a != nil {
+		a.from = nil // parked: the attempt goes on; its cargo is here
+		s.putParked(ss, a.cargo.Record)
+		return
+	}
+	if ss.software {
+		s.inspectLost(ss)
+		return
+	}
+	r, err := s.led.record(ss.slot)
+	if err != nil {
+		s.lose(ss, err.Error())
+		return
+	}
+	s.led.count(cntInterrupted, 1)
+	if op := ss.pool.op; op != nil {
+		op.report.Interrupted++
+	}
+	s.led.put(ss.slot, ss.slotEntry())
+	s.park(ss, wire.Cargo{Record: r.Record}, wire.FlagRestored|wire.FlagInterrupted)
+}
+
+// putParked records a session without an owner, with the record state that it
+// was parked with, so that it outlives the supervisor as well.
+func (s *Supervisor) putParked(ss *session, rec []byte) {
+	r, err := s.led.record(ss.slot)
+	if err != nil {
+		r = &record{}
+	}
+	r.Record = rec
+	if err := s.led.putRecord(ss.slot, r); err != nil {
+		s.log.Warn("the state of a parked session is not kept over a restart of the supervisor", "session", sid(ss.id), "error", err)
+	}
+	s.led.put(ss.slot, ss.slotEntry())
+}

@@ -1,0 +1,243 @@
+package supervise
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/config"
+	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+	"github.com/ktlsvisor/ktlsvisor/state"
+)
+
+// pool is a set of workers of one command.
+type pool struct {
+	name     string
+	cfg      config.Pool
+	command  []string
+	serving  uint32 // the generation that gets sessions
+	newest   uint32 // the highest generation number given out
+	workers  map[uint64]*worker
+	parked   map[uint64]*session // owned by nobody, waiting for a worker
+	starting int                 // processes being started
+	rr       int
+
+	op *upgrade
+
+	failures  int       // starts that failed in a row
+	restartAt time.Time // when the next worker may be started; zero: nothing is missing
+}
+
+// poolState is what the keeper remembers of the pools.
+type poolState struct {
+	Pools      []poolRecord `json:"pools"`
+	LastWorker uint64       `json:"last_worker"`
+	Generation uint32       `json:"generation"` // of the supervisor
+	KeeperPID  int          `json:"keeper_pid"`
+}
+
+type poolRecord struct {
+	Name      string   `json:"name"`
+	Command   []string `json:"command"`
+	Serving   uint32   `json:"serving"`
+	Newest    uint32   `json:"newest"`
+	Upgrading uint32   `json:"upgrading,omitempty"` // generation being moved to
+}
+
+var poolsKey = keeper.Key{Kind: keeper.KindBlob, Name: "pools"}
+
+// savePools stores what changes seldom with the keeper, replacing what was there.
+func (s *Supervisor) savePools() {
+	st := poolState{LastWorker: s.lastWorker, Generation: s.generation, KeeperPID: s.keeperPID}
+	for _, c := range s.cfg.Pools {
+		p := s.pools[c.Name]
+		r := poolRecord{Name: p.name, Command: p.command, Serving: p.serving, Newest: p.newest}
+		if p.op != nil {
+			r.Upgrading = p.op.to
+		}
+		st.Pools = append(st.Pools, r)
+	}
+	b, err := json.Marshal(st)
+	if err != nil {
+		s.log.Error("the state of the pools cannot be encoded", "error", err)
+		return
+	}
+	s.retain.put(keeper.Entry{Key: poolsKey, Meta: b}, func(err error) {
+		if err != nil {
+			s.log.Error("the state of the pools is not kept over a restart of the supervisor", "error", err)
+		}
+	})
+}
+
+// target picks the worker that gets the next session, or nil.
+func (p *pool) target() *worker {
+	var best *worker
+	var ready []*worker
+	for _, w := range sortedWorkers(p.workers) {
+		if w.gen != p.serving || w.state != workerReady || w.ch == nil {
+			continue
+		}
+		ready = append(ready, w)
+		if best == nil || w.load() < best.load() {
+			best = w
+		}
+	}
+	if p.cfg.Dispatch == "round-robin" && len(ready) > 0 {
+		p.rr++
+		return ready[p.rr%len(ready)]
+	}
+	return best
+}
+
+func (p *pool) count(gen uint32, states ...workerState) (n int) {
+	for _, w := range p.workers {
+		if w.gen != gen {
+			continue
+		}
+		for _, st := range states {
+			if w.state == st {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+func (s *Supervisor) onHello(w *worker, h *wire.Hello) error {
+	if w.state != workerStarting {
+		return fmt.Errorf("%w: a second HELLO", wire.ErrProtocol)
+	}
+	if h.Min > wire.Version || h.Max < wire.Version {
+		return fmt.Errorf("%w: the worker speaks versions %d to %d of the protocol, this supervisor %d", wire.ErrProtocol, h.Min, h.Max, wire.Version)
+	}
+	for _, sc := range h.Schemas {
+		w.schemas = append(w.schemas, state.Info{Name: sc.Name, Writes: sc.Writes, Restores: sc.Restores})
+	}
+	s.send(w, &wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: wire.Version, Worker: w.id,
+		Pool: w.pool.name, Generation: w.gen, FreezeTimeout: time.Duration(w.pool.cfg.FreezeTimeout).Milliseconds()}})
+	return nil
+}
+
+func (s *Supervisor) onReady(w *worker) error {
+	if w.state == workerReady {
+		return nil
+	}
+	if w.state != workerStarting {
+		return nil // told to stop meanwhile
+	}
+	w.state, w.deadline = workerReady, time.Time{}
+	s.log.Info("worker ready", "pool", w.pool.name, "pid", w.pid, "generation", w.gen)
+	if err := s.keepChannel(w); err != nil {
+		s.log.Error("worker is not kept over a restart of the supervisor", "pid", w.pid, "error", err)
+	}
+	if w.gen == w.pool.serving {
+		w.pool.failures = 0
+	}
+	s.readyChanged()
+	return nil
+}
+
+// keepChannel updates what the keeper remembers of a worker.
+func (s *Supervisor) keepChannel(w *worker) error {
+	if w.ch == nil {
+		return errors.New("its channel is closed")
+	}
+	fd, err := w.ch.Dup()
+	if err != nil {
+		return err
+	}
+	return s.retainWorker(w, fd)
+}
+
+// fill starts what is missing of the serving generation.
+func (s *Supervisor) fill(p *pool) {
+	if s.stopping || s.quiescing || p.op != nil {
+		return
+	}
+	missing := p.cfg.Workers - p.count(p.serving, workerStarting, workerReady) - p.starting
+	for ; missing > 0; missing-- {
+		s.spawn(p, p.serving, p.command, func(w *worker, err error) {
+			if err != nil {
+				s.startFailed(p, err)
+			}
+		})
+	}
+}
+
+// startFailed counts a worker of the serving generation that could not be
+// started, or ended before it was ready.
+func (s *Supervisor) startFailed(p *pool, err error) {
+	p.failures++
+	hint := ""
+	if errors.Is(err, os.ErrPermission) || errors.Is(err, os.ErrNotExist) {
+		hint = "is the program there, executable and for this architecture?"
+	}
+	s.log.Error("worker cannot be started; trying again", "pool", p.name, "failures", p.failures, "error", err, "hint", hint)
+	s.replaceLater(p)
+}
+
+// replaceLater plans a start: at once after the first death, then after 100 ms,
+// doubling up to 5 s.
+func (s *Supervisor) replaceLater(p *pool) {
+	wait := time.Duration(0)
+	if p.failures > 0 {
+		wait = min(100*time.Millisecond<<min(p.failures-1, 10), 5*time.Second)
+	}
+	p.restartAt = s.now().Add(wait)
+}
+
+func (s *Supervisor) restartDue(p *pool, now time.Time) {
+	if p.restartAt.IsZero() || now.Before(p.restartAt) || s.recovery != nil || p.op != nil {
+		return
+	}
+	p.restartAt = time.Time{}
+	s.fill(p)
+}
+
+// workerDied handles a death that has been seen: the pidfd is readable and what
+// the worker had sent has been read. Only now may its sessions get a new owner
+// (I1).
+func (s *Supervisor) workerDied(w *worker) {
+	if w.state == workerDead || !w.exited {
+		return
+	}
+	was := w.state
+	w.state, w.deadline = workerDead, time.Time{}
+	s.closeChannel(w)
+	s.retain.delete(w.key())
+	s.retain.delete(w.outputKeys()...)
+	delete(s.workers, w.id)
+	delete(w.pool.workers, w.id)
+	_ = w.proc.Close()
+	expected := was == workerStopping && !w.killed && len(w.sessions) == 0
+	if expected {
+		s.log.Info("worker stopped", "pool", w.pool.name, "pid", w.pid, "generation", w.gen)
+	} else {
+		s.led.count(cntWorkerDeaths, 1)
+		s.log.Warn("worker died", "pool", w.pool.name, "pid", w.pid, "generation", w.gen, "state", was, "sessions", len(w.sessions))
+	}
+	s.abortAttemptsOf(w, "the worker died")
+	for _, ss := range w.sessions {
+		s.orphan(ss, w)
+	}
+	if w.inventory != nil {
+		w.inventory = nil
+		s.inventoryDone()
+	}
+	p := w.pool
+	s.checkAllDead()
+	if op := p.op; op != nil {
+		s.upgradeWorkerDied(p, op, w, was)
+		return
+	}
+	if w.gen == p.serving && !expected && !s.stopping {
+		if was == workerStarting {
+			s.startFailed(p, fmt.Errorf("worker (pid %d) ended before it was ready: look at what it printed", w.pid))
+		} else {
+			s.replaceLater(p)
+		}
+	}
+}

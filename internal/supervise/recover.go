@@ -1,0 +1,394 @@
+package supervise
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/fxamacker/cbor/v2"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+	"github.com/ktlsvisor/ktlsvisor/pidfd"
+)
+
+// inventoryTimeout bounds how long workers may take to say what they have. A
+// worker that does not answer keeps its sessions; only the supervisor's start is
+// not held up for longer.
+const inventoryTimeout = 3 * time.Second
+
+// recovery is under way while a new supervisor waits for the workers' inventories.
+// There is one path for a planned successor and for a restart after a crash.
+type recovery struct {
+	waiting  int
+	deadline time.Time
+	done     func()
+}
+
+// inventory is what one worker says it has.
+type inventory struct {
+	nonce uint64
+	held  map[uint64]wire.Held
+	last  bool
+}
+
+// recoverAll takes over what an earlier supervisor left with the keeper. It runs
+// before the ledger's goroutine; what it needs of the workers arrives later, and
+// done is called then.
+func (s *Supervisor) recoverAll(ctx context.Context, done func()) error {
+	if err := s.recoverWorkers(ctx); err != nil {
+		return err
+	}
+	if err := s.recoverOutputs(ctx); err != nil {
+		return err
+	}
+	if err := s.recoverSessions(ctx); err != nil {
+		return err
+	}
+	s.recovery = &recovery{deadline: s.now().Add(inventoryTimeout), done: done}
+	for _, w := range s.workers {
+		if w.ch == nil || w.state == workerStarting {
+			continue
+		}
+		w.inventory = &inventory{nonce: uint64(s.incarnation), held: map[uint64]wire.Held{}}
+		s.recovery.waiting++
+		s.send(w, &wire.Message{Type: wire.TypeInventory, Nonce: uint64(s.incarnation)})
+	}
+	if s.recovery.waiting == 0 {
+		go s.post(s.endRecovery)
+	}
+	return nil
+}
+
+func (s *Supervisor) recoverWorkers(ctx context.Context) error {
+	entries, err := s.keeper.Get(ctx, keeper.KindWorker)
+	if err != nil {
+		return fmt.Errorf("workers: %w", err)
+	}
+	for i := range entries {
+		e := &entries[i]
+		if err := s.recoverWorker(e); err != nil {
+			s.log.Error("a worker cannot be taken over", "worker", e.Key.ID, "error", err)
+		}
+	}
+	return nil
+}
+
+// recoverWorker owns e's descriptors.
+func (s *Supervisor) recoverWorker(e *keeper.Entry) error {
+	var meta workerMeta
+	if err := cbor.Unmarshal(e.Meta, &meta); err != nil {
+		sys.CloseAll(e.FDs)
+		return err
+	}
+	p := s.pools[meta.Pool]
+	if p == nil || len(e.FDs) < 1 || !meta.Detached && len(e.FDs) != 2 {
+		sys.CloseAll(e.FDs)
+		return fmt.Errorf("pool %q, %d descriptors: not as it was stored", meta.Pool, len(e.FDs))
+	}
+	proc, err := pidfd.FromFD(e.FDs[0])
+	if err != nil {
+		sys.CloseAll(e.FDs[1:])
+		return err
+	}
+	w := &worker{id: e.Key.ID, pid: meta.PID, gen: meta.Gen, command: meta.Command, pool: p, proc: proc,
+		schemas: meta.Schemas, sessions: map[uint64]*session{}, state: workerReady}
+	switch {
+	case meta.Detached:
+		w.state = workerDetached
+		sys.CloseAll(e.FDs[1:])
+	default:
+		if err := s.listen(w, e.FDs[1]); err != nil {
+			w.state = workerDetached
+			s.log.Error("the channel of a worker cannot be used", "pid", w.pid, "error", err)
+		}
+	}
+	if w.state == workerReady && w.gen != p.serving {
+		w.state = workerRetiring
+	}
+	s.workers[w.id], p.workers[w.id] = w, w
+	s.lastWorker = max(s.lastWorker, w.id)
+	s.watch(w)
+	if !meta.Ready && !meta.Detached {
+		s.kill(w, "it was not ready yet when the supervisor ended")
+	}
+	return nil
+}
+
+func (s *Supervisor) recoverOutputs(ctx context.Context) error {
+	entries, err := s.keeper.Get(ctx, keeper.KindOutput)
+	if err != nil {
+		return fmt.Errorf("output of workers: %w", err)
+	}
+	for i := range entries {
+		e := &entries[i]
+		if len(e.FDs) != 1 {
+			sys.CloseAll(e.FDs)
+			continue
+		}
+		f := os.NewFile(uintptr(e.FDs[0]), "worker output")
+		pool, pid := e.Key.Name, 0
+		if w := s.workers[e.Key.ID/2]; w != nil {
+			pool, pid = w.pool.name, w.pid
+		} else {
+			s.retain.delete(e.Key) // of a worker that is long dead
+		}
+		go s.copyOutput(pool, pid, f)
+	}
+	return nil
+}
+
+func (s *Supervisor) recoverSessions(ctx context.Context) error {
+	list, err := s.keeper.List(ctx, keeper.KindSocket)
+	if err != nil {
+		return fmt.Errorf("sockets of sessions: %w", err)
+	}
+	retained := make(map[uint64]bool, len(list))
+	for i := range list {
+		retained[list[i].Key.ID] = true
+	}
+	for i := s.led.slots - 1; i >= 0; i-- {
+		e, ok, damaged := s.led.get(i)
+		if !ok || e.Phase == slotFree {
+			if damaged {
+				s.log.Error("a slot of the ledger is damaged; its session is given up", "slot", i)
+				s.led.count(cntLost, 1)
+				s.led.free(i)
+			}
+			s.freeSlots = append(s.freeSlots, i)
+			continue
+		}
+		s.recoverSession(ctx, i, e, retained)
+	}
+	for id := range retained {
+		if s.sessions[id] == nil { // ended, or never entered
+			s.retain.shutdown(id)
+			s.retain.delete((&session{id: id}).key())
+		}
+	}
+	return nil
+}
+
+func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, retained map[uint64]bool) {
+	ss := &session{id: e.ID, slot: slot, epoch: e.Epoch, group: e.Group, moves: e.Moves, accepted: e.Accepted, software: e.Software}
+	f, err := s.led.facts(slot)
+	if err == nil && s.pools[f.Pool] == nil {
+		err = fmt.Errorf("pool %q is unknown", f.Pool)
+	}
+	if err == nil && f.Overflow {
+		ss.bigFacts, err = s.bigFacts(ctx, ss)
+	}
+	if err != nil {
+		s.log.Error("session lost: its facts cannot be read", "session", sid(e.ID), "error", err)
+		s.led.count(cntLost, 1)
+		s.led.free(slot)
+		s.freeSlots = append(s.freeSlots, slot)
+		return
+	}
+	ss.pool = s.pools[f.Pool]
+	s.sessions[ss.id] = ss
+	if e.Phase == slotOwned {
+		ss.owner = s.workers[e.Owner]
+		if ss.owner != nil {
+			ss.owner.sessions[ss.id] = ss
+		}
+	}
+	if ss.group != "" && ss.owner != nil {
+		s.joinGroup(ss)
+	}
+	switch {
+	case ss.owner != nil:
+	case !retained[ss.id]:
+		s.lose(ss, "the supervisor died before the keeper had its socket")
+	case e.Phase == slotParked:
+		r, err := s.led.record(slot)
+		if err != nil {
+			s.lose(ss, err.Error())
+			return
+		}
+		flags := wire.Flags(0)
+		if ss.moves > 0 || e.Owner != 0 {
+			flags = wire.FlagRestored | wire.FlagInterrupted
+		}
+		s.park(ss, wire.Cargo{Record: r.Record}, flags)
+	default: // its owner's death had been seen: only then is a worker forgotten
+		s.orphan(ss, &worker{sessions: map[uint64]*session{}})
+	}
+}
+
+func (s *Supervisor) bigFacts(ctx context.Context, ss *session) ([]byte, error) {
+	entries, err := s.keeper.Get(ctx, keeper.KindBlob, ss.id)
+	if err != nil {
+		return nil, err
+	}
+	var out []byte
+	err = fmt.Errorf("the keeper does not have them")
+	for i := range entries {
+		if entries[i].Key == ss.overflowKey() && len(entries[i].FDs) == 1 {
+			out, err = sys.ReadSealedMemfd(entries[i].FDs[0], wire.MaxCargo)
+		}
+		sys.CloseAll(entries[i].FDs)
+	}
+	return out, err
+}
+
+func (s *Supervisor) onInventory(w *worker, m *wire.Message) error {
+	if w.inventory == nil || w.inventory.nonce != m.Nonce {
+		return nil // for an earlier supervisor
+	}
+	for _, h := range m.Held {
+		w.inventory.held[h.ID] = h
+	}
+	if m.Last {
+		w.inventory.last = true
+		s.inventoryDone()
+	}
+	return nil
+}
+
+// inventoryDone goes on when no worker's inventory is awaited any more.
+func (s *Supervisor) inventoryDone() {
+	if s.recovery == nil {
+		return
+	}
+	for _, w := range s.workers {
+		if w.inventory != nil && !w.inventory.last {
+			return
+		}
+	}
+	s.endRecovery()
+}
+
+func (s *Supervisor) recoveryTimedOut() {
+	for _, w := range s.workers {
+		if w.inventory != nil && !w.inventory.last {
+			s.log.Warn("worker does not say what it has; its sessions stay with it", "pool", w.pool.name, "pid", w.pid)
+			w.inventory = nil
+		}
+	}
+	s.endRecovery()
+}
+
+func (s *Supervisor) endRecovery() {
+	r := s.recovery
+	if r == nil {
+		return
+	}
+	s.undoSplitGroups()
+	for _, w := range sortedWorkers(s.workers) {
+		if w.inventory != nil {
+			s.reconcile(w)
+			w.inventory = nil
+		}
+	}
+	s.recovery = nil
+	s.log.Info("took over", "incarnation", s.incarnation, "workers", len(s.workers), "sessions", len(s.sessions))
+	r.done()
+}
+
+// undoSplitGroups finds groups of which an earlier supervisor had committed some
+// members and not all. Then it had sent RESUME for none of them, so those at the
+// new worker go back to the old one, which still has them parked.
+func (s *Supervisor) undoSplitGroups() {
+	for _, ss := range s.sessions {
+		if ss.group == "" || ss.owner == nil || ss.owner.inventory == nil {
+			continue
+		}
+		h, ok := ss.owner.inventory.held[ss.id]
+		if !ok || h.Phase != wire.PhaseAdopted || h.Epoch != ss.epoch {
+			continue
+		}
+		for _, old := range s.workers {
+			if old == ss.owner || old.inventory == nil {
+				continue
+			}
+			p, ok := old.inventory.held[ss.id]
+			if !ok || p.Phase != wire.PhaseParked || !s.uncommittedMember(ss, old) {
+				continue
+			}
+			delete(ss.owner.sessions, ss.id)
+			ss.owner, ss.epoch = old, p.Epoch
+			old.sessions[ss.id] = ss
+			s.led.put(ss.slot, ss.slotEntry())
+			if g := s.groupOf(ss); g != nil {
+				g.home = old
+			}
+			break
+		}
+	}
+}
+
+// uncommittedMember says whether a member of ss's group is still owned by old.
+func (s *Supervisor) uncommittedMember(ss *session, old *worker) bool {
+	for _, o := range old.sessions {
+		if o.group == ss.group && o.pool == ss.pool {
+			return true
+		}
+	}
+	return false
+}
+
+// reconcile brings one worker and the ledger into line: what the ledger does not
+// say was committed did not happen.
+func (s *Supervisor) reconcile(w *worker) {
+	held := w.inventory.held
+	var resume, thaw, release, abort, ack []wire.Ref
+	groups := map[string][]wire.Ref{} // THAW, whole groups
+	resumeGroups := map[string][]wire.Ref{}
+	for id, h := range held {
+		ss := s.sessions[id]
+		mine := ss != nil && ss.owner == w
+		ref, try := wire.Ref{ID: id, Epoch: h.Epoch}, wire.Ref{ID: id, Epoch: h.Attempt}
+		switch h.Phase {
+		case wire.PhaseClosed:
+			if mine {
+				s.led.countClosed(max(h.Reason, wire.ReasonPeer))
+				s.end(ss)
+			}
+			ack = append(ack, ref)
+		case wire.PhaseAdopted:
+			switch {
+			case mine && h.Epoch == ss.epoch && ss.group != "":
+				resumeGroups[ss.group] = append(resumeGroups[ss.group], ref)
+			case mine && h.Epoch == ss.epoch:
+				resume = append(resume, ref)
+			default:
+				abort = append(abort, ref)
+			}
+		case wire.PhaseParked, wire.PhaseFreezing:
+			switch {
+			case mine && h.Group != "":
+				groups[h.Group] = append(groups[h.Group], try)
+			case mine:
+				thaw = append(thaw, try)
+			case h.Phase == wire.PhaseParked:
+				release = append(release, try)
+			}
+		default:
+			if !mine {
+				s.log.Error("a worker serves a session that is not its own; it is told to end it", "pid", w.pid, "session", sid(id))
+				s.sendRefs(w, wire.TypeClose, []wire.Ref{ref})
+			}
+		}
+	}
+	for id, ss := range w.sessions {
+		if _, ok := held[id]; !ok {
+			s.led.count(cntClosedUnknown, 1)
+			s.log.Warn("session ended, its worker does not know why", "session", sid(id), "pid", w.pid)
+			s.end(ss)
+		}
+	}
+	s.sendRefs(w, wire.TypeAbort, abort)
+	s.sendRefs(w, wire.TypeRelease, release)
+	s.sendRefs(w, wire.TypeThaw, thaw)
+	for name, refs := range groups {
+		s.sendGroup(w, wire.TypeThaw, name, refs)
+	}
+	s.sendRefs(w, wire.TypeResume, resume)
+	for name, refs := range resumeGroups {
+		s.sendGroup(w, wire.TypeResume, name, refs)
+	}
+	s.sendRefs(w, wire.TypeClosedAck, ack)
+}

@@ -1,0 +1,471 @@
+package supervise
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/fxamacker/cbor/v2"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+	"github.com/ktlsvisor/ktlsvisor/pidfd"
+	"github.com/ktlsvisor/ktlsvisor/state"
+)
+
+// workerState is where a worker process stands.
+//
+//	starting --READY--> ready --upgrade--> retiring --empty--> stopping --> dead
+//	    |                 |                   |
+//	    +-- time limit ---+-- protocol error -+--> detached (keeps its sessions,
+//	        (killed)                               gets no orders) --> dead
+type workerState uint8
+
+const (
+	workerStarting workerState = iota
+	workerReady
+	workerRetiring // its sessions are to move away
+	workerStopping // told to stop, or killed
+	workerDetached // broke the protocol: its channel is closed, it serves what it has
+	workerDead
+)
+
+func (st workerState) String() string {
+	return [...]string{"starting", "ready", "retiring", "stopping", "detached", "dead"}[st]
+}
+
+// workerMeta is what the keeper remembers of a worker for the next supervisor.
+type workerMeta struct {
+	PID     int          `cbor:"1,keyasint"`
+	Pool    string       `cbor:"2,keyasint"`
+	Gen     uint32       `cbor:"3,keyasint"`
+	Ready   bool         `cbor:"4,keyasint"`
+	Schemas []state.Info `cbor:"5,keyasint"`
+	Command []string     `cbor:"6,keyasint"`
+	// Detached: there is no channel, only the pidfd is kept, so that a successor
+	// does not take its sessions for orphans while it lives.
+	Detached bool `cbor:"7,keyasint,omitempty"`
+}
+
+// worker is one worker process. Only the ledger's goroutine touches it, except
+// what is immutable.
+type worker struct {
+	id      uint64
+	pid     int
+	gen     uint32
+	command []string
+	pool    *pool
+	proc    *pidfd.Process
+	ch      *wire.Channel // nil once closed
+	out     *outbox
+
+	state    workerState
+	schemas  []state.Info
+	sessions map[uint64]*session // those it owns
+	incoming int                 // attempts that bring it a session
+	deadline time.Time           // starting: ready by; stopping: kill then
+	killed   bool
+	eof      bool // its channel ended
+	exited   bool // it is dead
+	exit     string
+	reader   chan struct{} // closed when the reading goroutine has ended
+
+	inventory *inventory // while one is being taken
+}
+
+func (w *worker) String() string {
+	return fmt.Sprintf("worker %d of pool %s (pid %d, generation %d)", w.id, w.pool.name, w.pid, w.gen)
+}
+
+func (w *worker) load() int { return len(w.sessions) + w.incoming }
+
+// usable says whether orders can be sent to it.
+func (w *worker) usable() bool {
+	return w.ch != nil && (w.state == workerReady || w.state == workerRetiring)
+}
+
+// send queues a message; a worker that does not read its channel is detached.
+func (s *Supervisor) send(w *worker, m *wire.Message) {
+	if w.ch == nil || w.out == nil {
+		return
+	}
+	if !w.out.add(m) {
+		s.detach(w, errWorkerStuck)
+	}
+}
+
+func (s *Supervisor) sendRefs(w *worker, t wire.Type, refs []wire.Ref) {
+	for _, batch := range wire.BatchRefs(refs) {
+		s.send(w, &wire.Message{Type: t, Refs: batch})
+	}
+}
+
+// spawned is what startProcess hands to the ledger's goroutine.
+type spawned struct {
+	cmd     *exec.Cmd
+	proc    *pidfd.Process
+	chFD    int
+	outputs [2]*os.File
+}
+
+// startProcess starts a worker process. It touches no shared state. On error
+// nothing is left open or running.
+func startProcess(command []string, dir string, env []string, nofile uint64) (sp *spawned, err error) {
+	a, b, err := sys.PacketPair()
+	if err != nil {
+		return nil, err
+	}
+	peer := os.NewFile(uintptr(b), "worker channel")
+	defer func() { _ = peer.Close() }()
+	sp = &spawned{chFD: a}
+	var writers [2]*os.File
+	defer func() {
+		for i := range writers {
+			if writers[i] != nil {
+				_ = writers[i].Close()
+			}
+			if err != nil && sp.outputs[i] != nil {
+				_ = sp.outputs[i].Close()
+			}
+		}
+		if err != nil {
+			sys.CloseAll([]int{a})
+			sp = nil
+		}
+	}()
+	for i := range writers {
+		if sp.outputs[i], writers[i], err = os.Pipe(); err != nil {
+			return nil, err
+		}
+	}
+	fd := -1
+	cmd := exec.Command(command[0], command[1:]...)
+	cmd.Dir, cmd.Env = dir, env
+	cmd.Stdout, cmd.Stderr = writers[0], writers[1]
+	cmd.ExtraFiles = []*os.File{peer} // descriptor 3, wire.ChannelFD
+	// A process group of its own: Ctrl-C at the terminal is not meant for workers.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, PidFD: &fd}
+	if err = cmd.Start(); err != nil {
+		return nil, err
+	}
+	if fd >= 0 {
+		sp.proc, err = pidfd.FromFD(fd)
+	} else {
+		sp.proc, err = pidfd.Open(cmd.Process.Pid)
+	}
+	if err == nil && nofile > 0 {
+		err = sys.SetRlimitNofile(cmd.Process.Pid, nofile)
+	}
+	if err != nil {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if sp.proc != nil {
+			_ = sp.proc.Close()
+		}
+		return nil, err
+	}
+	sp.cmd = cmd
+	return sp, nil
+}
+
+// workerEnv is the environment of workers: ours, without what is meant for the
+// supervisor alone. tableflip's variables would make a worker that uses tableflip
+// itself take its control channel for a parent's pipe.
+func workerEnv(extra map[string]string) []string {
+	var env []string
+	for _, kv := range os.Environ() {
+		name, _, _ := strings.Cut(kv, "=")
+		if strings.HasPrefix(name, "TABLEFLIP_") || strings.HasPrefix(name, "KTLSVISOR_") && name != "KTLSVISOR_GUEST" ||
+			name == "NOTIFY_SOCKET" || strings.HasPrefix(name, "LISTEN_") {
+			continue
+		}
+		env = append(env, kv)
+	}
+	for k, v := range extra {
+		env = append(env, k+"="+v)
+	}
+	return append(env, fmt.Sprintf("%s=%d", wire.EnvFD, wire.ChannelFD))
+}
+
+// spawn starts a worker of generation gen; then is called in the ledger's
+// goroutine with the worker, or nil and the error.
+func (s *Supervisor) spawn(p *pool, gen uint32, command []string, then func(*worker, error)) {
+	s.lastWorker++
+	id := s.lastWorker
+	s.savePools()
+	p.starting++
+	cfg := p.cfg
+	go func() {
+		sp, err := startProcess(command, cfg.Dir, workerEnv(cfg.Env), cfg.NoFile)
+		s.post(func() {
+			p.starting--
+			if err != nil {
+				then(nil, fmt.Errorf("pool %s: start %s: %w", p.name, command[0], err))
+				return
+			}
+			w, err := s.attachSpawned(p, id, gen, command, sp)
+			then(w, err)
+		})
+	}()
+}
+
+func (s *Supervisor) attachSpawned(p *pool, id uint64, gen uint32, command []string, sp *spawned) (*worker, error) {
+	w := &worker{id: id, pid: sp.cmd.Process.Pid, gen: gen, command: command, pool: p, proc: sp.proc,
+		sessions: map[uint64]*session{}, deadline: s.now().Add(time.Duration(p.cfg.ReadyTimeout))}
+	go func() {
+		// Reaps the child; its death is noticed through the pidfd, like everyone's.
+		_ = sp.cmd.Wait()
+	}()
+	keep, err := sys.Dup(sp.chFD)
+	if err == nil {
+		err = s.retainWorker(w, keep)
+	}
+	for i, f := range sp.outputs {
+		s.retainOutput(w, i, f)
+		go s.copyOutput(p.name, w.pid, f)
+	}
+	if err == nil {
+		err = s.listen(w, sp.chFD)
+	} else {
+		sys.CloseAll([]int{sp.chFD})
+	}
+	s.workers[id] = w
+	p.workers[id] = w
+	s.watch(w)
+	if err != nil {
+		s.kill(w, "cannot set up its control channel")
+		return nil, fmt.Errorf("%s: %w", w, err)
+	}
+	s.log.Info("worker started", "pool", p.name, "pid", w.pid, "generation", gen, "command", strings.Join(command, " "))
+	return w, nil
+}
+
+func (w *worker) key() keeper.Key { return keeper.Key{Kind: keeper.KindWorker, ID: w.id} }
+
+// retainWorker gives the keeper what the next supervisor needs; chFD belongs to
+// it from here on, -1 for a detached worker.
+func (s *Supervisor) retainWorker(w *worker, chFD int) error {
+	pfd, err := w.proc.FD()
+	if err != nil {
+		if chFD >= 0 {
+			sys.CloseAll([]int{chFD})
+		}
+		return err
+	}
+	fds := []int{pfd}
+	if chFD >= 0 {
+		fds = append(fds, chFD)
+	}
+	meta, err := cbor.Marshal(workerMeta{PID: w.pid, Pool: w.pool.name, Gen: w.gen,
+		Ready: w.state == workerReady, Schemas: w.schemas, Command: w.command, Detached: chFD < 0})
+	if err != nil {
+		sys.CloseAll(fds)
+		return err
+	}
+	s.retain.put(keeper.Entry{Key: w.key(), Meta: meta, FDs: fds}, func(err error) {
+		if err != nil {
+			s.log.Error("worker is not kept over a restart of the supervisor", "pid", w.pid, "error", err)
+		}
+	})
+	return nil
+}
+
+func (s *Supervisor) retainOutput(w *worker, i int, f *os.File) {
+	rc, err := f.SyscallConn()
+	if err != nil {
+		return
+	}
+	_ = rc.Control(func(fd uintptr) {
+		dup, err := sys.Dup(int(fd))
+		if err != nil {
+			s.log.Warn("the output of a worker is not kept over a restart of the supervisor", "pid", w.pid, "error", err)
+			return
+		}
+		s.retain.put(keeper.Entry{Key: keeper.Key{Kind: keeper.KindOutput, ID: w.id*2 + uint64(i),
+			Name: fmt.Sprintf("%s[%d]", w.pool.name, w.pid)}, FDs: []int{dup}}, nil)
+	})
+}
+
+func (w *worker) outputKeys() []keeper.Key {
+	name := fmt.Sprintf("%s[%d]", w.pool.name, w.pid)
+	return []keeper.Key{{Kind: keeper.KindOutput, ID: w.id * 2, Name: name}, {Kind: keeper.KindOutput, ID: w.id*2 + 1, Name: name}}
+}
+
+// copyOutput logs what a worker prints, line by line, as text: whatever it is, it
+// is only ever quoted.
+func (s *Supervisor) copyOutput(pool string, pid int, f *os.File) {
+	defer func() { _ = f.Close() }()
+	r := bufio.NewReaderSize(f, 8<<10)
+	for {
+		line, err := r.ReadSlice('\n')
+		if len(line) > 0 {
+			s.log.Info("worker says", "pool", pool, "pid", pid, "line", printable(line))
+		}
+		if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
+			return
+		}
+	}
+}
+
+// printable makes a line safe for a terminal and a log.
+func printable(b []byte) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' && r != '\t' || r == 0x7f || r >= 0x80 && r < 0xa0 {
+			return '.'
+		}
+		return r
+	}, strings.TrimRight(strings.ToValidUTF8(string(b), "?"), "\r\n"))
+}
+
+// listen starts the goroutines of a worker's channel; fd is taken over.
+func (s *Supervisor) listen(w *worker, fd int) error {
+	ch, err := wire.NewChannel(fd)
+	if err != nil {
+		return err
+	}
+	w.ch = ch
+	s.startOutbox(w)
+	s.startReader(w)
+	return nil
+}
+
+func (s *Supervisor) startOutbox(w *worker) {
+	w.out = newOutbox(w.ch, s.keeper,
+		func(ref wire.Ref) { s.post(func() { s.socketMissing(w, ref) }) },
+		func(err error) { s.post(func() { s.detach(w, err) }) })
+}
+
+func (s *Supervisor) startReader(w *worker) {
+	ch, done := w.ch, make(chan struct{})
+	w.reader = done
+	go func() {
+		defer close(done)
+		for {
+			m, err := ch.Recv()
+			if err != nil {
+				if !errors.Is(err, os.ErrDeadlineExceeded) { // paused for a successor
+					s.post(func() { s.channelEnded(w, ch, err) })
+				}
+				return
+			}
+			s.post(func() { s.onMessage(w, ch, m) })
+		}
+	}()
+}
+
+// watch posts the death of a worker. It ends with the supervisor's context.
+func (s *Supervisor) watch(w *worker) {
+	go func() {
+		if err := w.proc.Wait(s.ctx); err != nil {
+			return
+		}
+		s.post(func() {
+			w.exited = true
+			if w.eof || w.ch == nil {
+				s.workerDied(w)
+				return
+			}
+			// What it sent before it died is still to be read; the end of the channel
+			// comes after it. A child of the worker may hold the other end, so not for ever.
+			time.AfterFunc(time.Second, func() { s.post(func() { s.workerDied(w) }) })
+		})
+	}()
+}
+
+func (s *Supervisor) channelEnded(w *worker, ch *wire.Channel, err error) {
+	if w.ch != ch {
+		return
+	}
+	w.eof = true
+	switch {
+	case w.exited:
+		s.workerDied(w)
+	case errors.Is(err, io.EOF), errors.Is(err, os.ErrClosed):
+		s.closeChannel(w) // it is about to exit, or serves on without us
+		if w.state == workerReady || w.state == workerRetiring {
+			w.state = workerDetached
+			s.replaceLater(w.pool)
+		}
+	default:
+		s.detach(w, err)
+	}
+}
+
+// detach stops talking to a worker that broke the protocol. Its sessions stay
+// where they are; it gets no new ones, and another worker is started in its place.
+func (s *Supervisor) detach(w *worker, err error) {
+	if w.ch == nil || w.state == workerDead {
+		return
+	}
+	s.led.count(cntProtocolErrors, 1)
+	s.log.Error("control channel of a worker closed; its sessions stay with it, and a new worker takes its place",
+		"pool", w.pool.name, "pid", w.pid, "sessions", len(w.sessions), "error", err)
+	was := w.state
+	if was == workerReady || was == workerRetiring {
+		w.state = workerDetached
+	}
+	s.abortAttemptsOf(w, "the control channel of the worker is closed") // queues THAWs, which still go out
+	s.closeChannel(w)
+	if was == workerStarting {
+		s.kill(w, "protocol error before ready")
+		return
+	}
+	if w.inventory != nil {
+		w.inventory = nil
+		s.inventoryDone()
+	}
+	s.replaceLater(w.pool)
+}
+
+func (s *Supervisor) closeChannel(w *worker) {
+	if w.ch == nil {
+		return
+	}
+	ch, out := w.ch, w.out
+	w.ch = nil
+	go func() {
+		ctx, cancel := context.WithTimeout(s.ctx, time.Second)
+		defer cancel()
+		_ = out.drain(ctx) // the last orders, if the worker still reads
+		out.abandon()
+		_ = ch.Close()
+	}()
+	// Without this the keeper's duplicate would keep the channel open, and the
+	// worker would never learn that nobody listens.
+	if err := s.retainWorker(w, -1); err != nil {
+		s.log.Error("worker is not kept over a restart of the supervisor", "pid", w.pid, "error", err)
+	}
+}
+
+// kill ends a worker process; its death is handled when it has been seen.
+func (s *Supervisor) kill(w *worker, why string) {
+	if w.killed || w.state == workerDead {
+		return
+	}
+	w.killed = true
+	if w.state != workerDetached {
+		w.state = workerStopping
+	}
+	s.log.Warn("killing a worker", "pool", w.pool.name, "pid", w.pid, "why", why)
+	if err := w.proc.Signal(syscall.SIGKILL); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		s.log.Error("cannot kill a worker", "pid", w.pid, "error", err)
+	}
+}
+
+// unpause goes on with a worker whose channel was held for a successor.
+func (s *Supervisor) unpause(w *worker) {
+	if w.ch == nil {
+		return
+	}
+	_ = w.ch.Conn().SetReadDeadline(time.Time{})
+	s.startOutbox(w)
+	s.startReader(w)
+}
