@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"io"
 	"os"
 )
@@ -14,5 +15,5 @@ func Main(args []string, stdout, stderr io.Writer) int {
 	a := &app{out: stdout, err: stderr}
 	root := a.rootCommand()
 	root.SetArgs(args)
-	return a.exitCode(root.Execute())
+	return a.exitCode(root.ExecuteContext(context.Background()))
 }

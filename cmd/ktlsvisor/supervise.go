@@ -1,11 +1,12 @@
 package main
 
 import (
-	"errors"
-
 	"github.com/spf13/cobra"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/supervise"
 )
 
+// superviseCommand is the process that the keeper starts, and its successors.
 func (a *app) superviseCommand() *cobra.Command {
 	var log logFlags
 	cmd := &cobra.Command{
@@ -14,21 +15,13 @@ func (a *app) superviseCommand() *cobra.Command {
 		Hidden: true,
 		Args:   noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return errors.New("not there yet")
+			logger, err := log.logger(a, "supervisor")
+			if err != nil {
+				return err
+			}
+			return quietly(supervise.Main(cmd.Context(), logger, buildVersion().Version))
 		},
 	}
 	log.add(cmd)
 	return cmd
-}
-
-func (a *app) echoWorkerCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:    "echo-worker",
-		Short:  "A worker that sends back every byte it reads",
-		Hidden: true,
-		Args:   noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return errors.New("not there yet")
-		},
-	}
 }
