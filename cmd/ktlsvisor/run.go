@@ -18,11 +18,12 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/internal/admin"
 	"github.com/ktlsvisor/ktlsvisor/internal/config"
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
+	"github.com/ktlsvisor/ktlsvisor/internal/supervise"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
 // configName is where the keeper's first supervisor finds the configuration.
-const configName = "config"
+const configName = supervise.ConfigName
 
 // logFlags are shared by the commands that log; the keeper hands them on to the
 // supervisor on its command line.
