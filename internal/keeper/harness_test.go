@@ -75,6 +75,15 @@ func startKeeper(t *testing.T, tc keeperConfig) *world {
 	w.cmd = exec.Command(self(t))
 	w.cmd.Env = append(os.Environ(), envRole+"=keeper", envConfig+"="+string(config), envSocket+"="+socket, noRaceSleep)
 	w.cmd.Stdout, w.cmd.Stderr = &w.out, &w.log
+	if tc.deaf {
+		r, pw, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = r.Close()
+		defer pw.Close()
+		w.cmd.Stdout, w.cmd.Stderr = pw, pw
+	}
 	// Workers that outlive the keeper hold its stderr.
 	w.cmd.WaitDelay = 2 * time.Second
 	if err := w.cmd.Start(); err != nil {

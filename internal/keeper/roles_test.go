@@ -64,6 +64,7 @@ type keeperConfig struct {
 	Grace      time.Duration
 	LeadWithin time.Duration
 	Nofile     uint64
+	deaf       bool // nobody reads the keeper's stdout and stderr
 }
 
 func keeperMain() int {

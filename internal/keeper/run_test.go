@@ -211,3 +211,37 @@ func TestConfigIsChecked(t *testing.T) {
 		}
 	}
 }
+
+// A log that nobody reads any more (SIGPIPE) does not end the keeper.
+func TestBrokenStderr(t *testing.T) {
+	w := startKeeper(t, keeperConfig{deaf: true})
+	s := w.lead()
+	worker := w.worker(s, "echo")
+	s.ok(sockets)
+	s.kill()
+	worker.ok(command{Op: "write", Count: 200, N: 1000, Tag: "x"})
+	s = w.lead()
+	wantSockets(t, s)
+}
+
+// A terminal's ^C goes to the keeper's process group; the supervisor and its
+// workers hear of it through the keeper.
+func TestOwnProcessGroup(t *testing.T) {
+	w := startKeeper(t, keeperConfig{})
+	s := w.lead()
+	if pgid, err := syscall.Getpgid(s.pid); err != nil || pgid != s.pid {
+		t.Fatalf("process group %d (%v), want %d", pgid, err, s.pid)
+	}
+}
+
+func TestKeeperGone(t *testing.T) {
+	w := startKeeper(t, keeperConfig{})
+	s := w.lead()
+	if err := w.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if s.ok(command{Op: "closed", Wait: 5 * time.Second}).N != 1 {
+		t.Fatal("the supervisor was not told")
+	}
+	s.refused(command{Op: "get", Kind: KindSocket}, "closed")
+}
