@@ -147,6 +147,10 @@ func (c *Conn) readFailed(err error) error {
 		return c.fail(rec.alert, rec.what)
 	case errors.Is(err, ErrKeyLimit):
 		return c.endCleanly(ErrKeyLimit)
+	case errors.Is(err, sys.EKEYEXPIRED):
+		// The kernel takes any handshake record that begins like a KeyUpdate for one,
+		// before we have seen all of it.
+		return c.endCleanly(ErrKeyUpdateUnsupported)
 	}
 	err = c.opError("read", err)
 	c.fatal.CompareAndSwap(nil, &err)
