@@ -263,6 +263,21 @@ func TestStatusSurvivesRestart(t *testing.T) {
 	}
 }
 
+// A supervisor that has handed over says so; its successor gets the request, once.
+func TestEndingIsAskedAgain(t *testing.T) {
+	asked := 0
+	b := &fakeBackend{upgrade: func(context.Context, UpgradeRequest, func(Progress)) (*UpgradeReport, error) {
+		if asked++; asked < 3 {
+			return nil, fmt.Errorf("pool chat: %w", ErrEnding)
+		}
+		return &UpgradeReport{}, nil
+	}}
+	path, _, _ := serve(t, b)
+	if _, err := Dial(path).Upgrade(t.Context(), UpgradeRequest{}, nil); err != nil || asked != 3 {
+		t.Errorf("error %v after %d requests", err, asked)
+	}
+}
+
 func TestUpgradeIsNeverRepeated(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.sock")
 	l, err := Listen(path)

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 )
@@ -115,10 +116,15 @@ func (c *Client) waitGone(ctx context.Context) error {
 }
 
 func (c *Client) get(ctx context.Context, path string, v any) error {
+	return retry(ctx, func() error { return c.getOnce(ctx, path, v) }, ErrInterrupted, ErrEnding)
+}
+
+// retry repeats f for up to 2 s while it fails with one of the given errors.
+func retry(ctx context.Context, f func() error, errs ...error) error {
 	var giveUp time.Time
 	for {
-		err := c.getOnce(ctx, path, v)
-		if !errors.Is(err, ErrInterrupted) || ctx.Err() != nil {
+		err := f()
+		if ctx.Err() != nil || !slices.ContainsFunc(errs, func(e error) bool { return errors.Is(err, e) }) {
 			return err
 		}
 		now := time.Now()
@@ -159,8 +165,12 @@ func (c *Client) operate(ctx context.Context, path string, req, result any, prog
 	if err != nil {
 		return err
 	}
-	resp, err := c.do(ctx, http.MethodPost, path, body)
-	if err != nil {
+	// ErrEnding is the one failure that is known to have started nothing.
+	var resp *http.Response
+	if err := retry(ctx, func() (err error) {
+		resp, err = c.do(ctx, http.MethodPost, path, body)
+		return err
+	}, ErrEnding); err != nil {
 		return err
 	}
 	defer resp.Body.Close()

@@ -20,6 +20,9 @@ var (
 	ErrInterrupted = errors.New("the supervisor went away before it answered")
 	// ErrBadRequest: the request itself is wrong; nothing was started.
 	ErrBadRequest = errors.New("bad request")
+	// ErrEnding: the supervisor is being replaced and its successor will answer;
+	// nothing was started. The client asks again, for up to 2 s.
+	ErrEnding = errors.New("this supervisor is being replaced; ask again")
 	// ErrInUse: Listen found another ktlsvisor on its path.
 	ErrInUse = errors.New("admin socket in use")
 )
@@ -52,6 +55,7 @@ const (
 	codeForbidden  = "forbidden"
 	codeBadRequest = "bad_request"
 	codeNotFound   = "not_found"
+	codeEnding     = "ending"
 	codeFailed     = "failed"
 )
 
@@ -73,6 +77,8 @@ func (e *remoteError) Is(target error) bool {
 		return target == ErrBusy
 	case codeForbidden:
 		return target == ErrForbidden
+	case codeEnding:
+		return target == ErrEnding
 	case codeBadRequest, codeNotFound:
 		return target == ErrBadRequest
 	}
@@ -86,6 +92,8 @@ func bodyOf(err error) errorBody {
 		code = codeBusy
 	case errors.Is(err, ErrForbidden):
 		code = codeForbidden
+	case errors.Is(err, ErrEnding):
+		code = codeEnding
 	case errors.Is(err, ErrBadRequest):
 		code = codeBadRequest
 	}

@@ -196,6 +196,8 @@ func httpStatus(code string) int {
 		return http.StatusConflict
 	case codeForbidden:
 		return http.StatusForbidden
+	case codeEnding:
+		return http.StatusServiceUnavailable
 	case codeBadRequest:
 		return http.StatusBadRequest
 	}
