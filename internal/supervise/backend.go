@@ -237,11 +237,20 @@ func (b *backend) Stop(ctx context.Context, grace time.Duration) error {
 			grace = max(grace, time.Duration(c.StopTimeout))
 		}
 	}
+	again := false
+	s.call(func() { again, s.stopping = s.stopping, true })
+	if again {
+		select {
+		case <-b.ended:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 	s.log.Info("stopping", "grace", grace.String())
 	s.front.pause()
 	stopped := make(chan struct{})
 	s.call(func() {
-		s.stopping = true
 		deadline := s.now().Add(grace)
 		for _, w := range s.workers {
 			s.send(w, &wire.Message{Type: wire.TypeStop, Millis: grace.Milliseconds() * 3 / 4, Text: "the unit stops"})
@@ -259,6 +268,13 @@ func (b *backend) Stop(ctx context.Context, grace time.Duration) error {
 		return ctx.Err()
 	}
 	s.front.close()
+	s.call(func() {
+		for _, ss := range s.sessions { // of workers that did not stop by themselves
+			s.led.countClosed(wire.ReasonOperator)
+			s.retain.shutdown(ss.id)
+			s.end(ss)
+		}
+	})
 	s.retain.close()
 	b.endOnce.Do(func() { close(b.ended) })
 	return nil

@@ -45,6 +45,7 @@ const (
 	hdrSlots    = 12
 	hdrNextID   = 24
 	hdrStarted  = 32
+	hdrUsed     = 40 // slots ever used: the rest has never been touched, so takes no memory
 	hdrCounters = 64
 	hdrReasons  = hdrCounters + 8*32
 )
@@ -167,8 +168,16 @@ func (l *ledger) slot(i int) []byte {
 	return l.mem[off : off+slotSize : off+slotSize]
 }
 
+// used is the number of slots that may hold something.
+func (l *ledger) used() int {
+	return min(int(binary.LittleEndian.Uint32(l.mem[hdrUsed:])), l.slots)
+}
+
 // put writes e to the older of the slot's two entries.
 func (l *ledger) put(i int, e entry) {
+	if i >= l.used() {
+		binary.LittleEndian.PutUint32(l.mem[hdrUsed:], uint32(i+1))
+	}
 	s := l.slot(i)
 	a, aok := decodeEntry(s[:entrySize])
 	b, bok := decodeEntry(s[entrySize : 2*entrySize])

@@ -10,7 +10,7 @@ import (
 const (
 	// window is how many sessions of one worker are under way at once; it bounds
 	// the state in flight (the protocol's credit).
-	window = 256
+	window = 64
 	// adoptTimeout bounds how long a worker may take to answer ADOPT.
 	adoptTimeout = 10 * time.Second
 	// retryAfter is when a session that reached no safe point is asked again.

@@ -190,7 +190,7 @@ func (s *Supervisor) replaceLater(p *pool) {
 }
 
 func (s *Supervisor) restartDue(p *pool, now time.Time) {
-	if p.restartAt.IsZero() || now.Before(p.restartAt) || s.recovery != nil || p.op != nil {
+	if p.restartAt.IsZero() || now.Before(p.restartAt) || s.recovery != nil || p.op != nil || s.quiescing {
 		return
 	}
 	p.restartAt = time.Time{}

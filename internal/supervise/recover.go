@@ -149,7 +149,11 @@ func (s *Supervisor) recoverSessions(ctx context.Context) error {
 	for i := range list {
 		retained[list[i].Key.ID] = true
 	}
-	for i := s.led.slots - 1; i >= 0; i-- {
+	used := s.led.used() // reading further would give memory to slots never used
+	for i := s.led.slots - 1; i >= used; i-- {
+		s.freeSlots = append(s.freeSlots, i)
+	}
+	for i := used - 1; i >= 0; i-- {
 		e, ok, damaged := s.led.get(i)
 		if !ok || e.Phase == slotFree {
 			if damaged {

@@ -203,6 +203,9 @@ func (s *Supervisor) stepUpgrade(p *pool) {
 		}
 	case opEnding, opFailed:
 		for _, w := range p.workers {
+			if w.gen > p.serving && op.phase == opFailed && w.state != workerDetached {
+				s.kill(w, "its generation is given up") // also one that was still being started
+			}
 			if w.gen != p.serving && (w.state == workerStopping || w.killed || w.state == workerStarting) {
 				return // its death is awaited
 			}
