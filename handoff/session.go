@@ -168,8 +168,7 @@ func (w *worker) park(s *session) {
 		k, err := s.conn.detach()
 		w.in.post(func() {
 			if err != nil {
-				w.log.Error("session closed: its state could not be taken", "session", s.id, "error", err)
-				w.closed(s, wire.ReasonLayer, err)
+				w.notParked(s, err)
 				return
 			}
 			s.kept, s.phase = k, phaseParked
@@ -181,6 +180,22 @@ func (w *worker) park(s *session) {
 			w.step(s)
 		})
 	}()
+}
+
+// notParked reports a session that could not be taken off its Conn: it had ended
+// before, which the handler, sent home, did not see, or its state is in doubt.
+func (w *worker) notParked(s *session, err error) {
+	reason := reasonOfError(err)
+	switch {
+	case s.kicked:
+		reason = wire.ReasonOperator
+	case errors.Is(err, net.ErrClosed):
+		reason = wire.ReasonOwner
+	case reason == 0:
+		reason = wire.ReasonLayer
+		w.log.Error("session closed: its state could not be taken", "session", s.id, "error", err)
+	}
+	w.closed(s, reason, err)
 }
 
 // giveUp ends an attempt of which no PARKED has left this process. The supervisor

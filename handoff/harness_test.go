@@ -1,0 +1,423 @@
+package handoff
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"math/big"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"go.uber.org/goleak"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+	"github.com/ktlsvisor/ktlsvisor/ktls"
+)
+
+func TestMain(m *testing.M) {
+	if os.Getenv(childEnv) != "" {
+		os.Exit(child())
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// patience bounds every wait of these tests; guests without KVM are slow.
+const patience = 30 * time.Second
+
+var lastEpoch atomic.Uint64
+
+func newEpoch() wire.Epoch { return wire.NewEpoch(1, uint32(lastEpoch.Add(1))) }
+
+// proc is a worker in this process, and the supervisor's end of its channel.
+type proc struct {
+	t    *testing.T
+	ch   *wire.Channel
+	w    *worker
+	done chan error
+	stop context.CancelFunc
+
+	msgs  chan *wire.Message
+	stash []*wire.Message
+}
+
+// logTo gives a logger that fails nothing and shows up with -v.
+func logTo(t *testing.T) hclog.Logger {
+	return hclog.New(&hclog.LoggerOptions{Level: hclog.Debug, Output: testWriter{t}, DisableTime: true})
+}
+
+type testWriter struct{ t *testing.T }
+
+func (w testWriter) Write(p []byte) (int, error) {
+	w.t.Log(strings.TrimRight(string(p), "\n"))
+	return len(p), nil
+}
+
+// startProc starts a worker and takes it through HELLO, WELCOME and READY.
+func startProc(t *testing.T, h HandlerFunc, opts ...Option) *proc {
+	t.Helper()
+	p := startRaw(t, h, opts...)
+	p.expect(wire.TypeHello)
+	p.send(&wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: 1, Worker: 1, Pool: "test", FreezeTimeout: 5000}})
+	p.expect(wire.TypeReady)
+	return p
+}
+
+func startRaw(t *testing.T, h HandlerFunc, opts ...Option) *proc {
+	t.Helper()
+	a, b, err := sys.PacketPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	wch, err := wire.NewChannel(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &proc{t: t, done: make(chan error, 1), msgs: make(chan *wire.Message, 1<<14)}
+	if p.ch, err = wire.NewChannel(a); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	p.stop = cancel
+	p.w = newWorker(ctx, wch, h, newOptions(append([]Option{WithLogger(hclog.NewNullLogger())}, opts...)))
+	go func() { p.done <- p.w.serve(ctx, nil) }()
+	recvDone := make(chan struct{})
+	go func() {
+		defer close(recvDone)
+		for {
+			m, err := p.ch.Recv()
+			if err != nil {
+				close(p.msgs)
+				return
+			}
+			p.msgs <- m
+		}
+	}()
+	t.Cleanup(func() {
+		_ = p.ch.Close()
+		cancel()
+		<-recvDone
+		select {
+		case err := <-p.done:
+			p.done <- err
+		case <-time.After(patience):
+			t.Error("Serve does not return")
+		}
+	})
+	return p
+}
+
+// result is what Serve returned.
+func (p *proc) result() error {
+	p.t.Helper()
+	select {
+	case err := <-p.done:
+		p.done <- err
+		return err
+	case <-time.After(patience):
+		p.t.Fatal("Serve does not return")
+		return nil
+	}
+}
+
+func (p *proc) send(m *wire.Message) {
+	p.t.Helper()
+	if err := p.ch.Send(m); err != nil {
+		p.t.Fatalf("send %s: %v", m.Type, err)
+	}
+}
+
+func (p *proc) refs(typ wire.Type, refs ...wire.Ref) {
+	p.t.Helper()
+	p.send(&wire.Message{Type: typ, Refs: refs})
+}
+
+// expect returns the next message of a type, keeping others for later.
+func (p *proc) expect(typ wire.Type) *wire.Message {
+	p.t.Helper()
+	for i, m := range p.stash {
+		if m.Type == typ {
+			p.stash = append(p.stash[:i:i], p.stash[i+1:]...)
+			return m
+		}
+	}
+	timeout := time.After(patience)
+	for {
+		select {
+		case m, ok := <-p.msgs:
+			if !ok {
+				p.t.Fatalf("the worker closed the channel; waiting for %s", typ)
+			}
+			if m.Type == typ {
+				return m
+			}
+			p.stash = append(p.stash, m)
+		case <-timeout:
+			p.t.Fatalf("no %s came", typ)
+		}
+	}
+}
+
+// quiet checks that no message of a type has come: the worker answered a PING after
+// whatever else it had to say.
+func (p *proc) quiet(typ wire.Type) {
+	p.t.Helper()
+	p.send(&wire.Message{Type: wire.TypePing, Nonce: 99})
+	p.expect(wire.TypePong)
+	for _, m := range p.stash {
+		if m.Type == typ {
+			p.t.Fatalf("unexpected %s: %+v", typ, m)
+		}
+	}
+}
+
+func (p *proc) inventory() map[uint64]wire.Held {
+	p.t.Helper()
+	all := map[uint64]wire.Held{}
+	nonce := uint64(newEpoch())
+	p.send(&wire.Message{Type: wire.TypeInventory, Nonce: nonce})
+	for {
+		m := p.expect(wire.TypeInventoryReply)
+		if m.Nonce != nonce {
+			p.t.Fatalf("inventory for nonce %d, asked with %d", m.Nonce, nonce)
+		}
+		for _, h := range m.Held {
+			if _, twice := all[h.ID]; twice {
+				p.t.Fatalf("session %d twice in the inventory", h.ID)
+			}
+			all[h.ID] = h
+		}
+		if m.Last {
+			return all
+		}
+	}
+}
+
+// sess is one session: the client's end, and what a supervisor keeps.
+type sess struct {
+	t      *testing.T
+	id     uint64
+	cli    *tls.Conn
+	fd     int // the supervisor's duplicate
+	facts  []byte
+	cargo  wire.Cargo
+	group  string
+	flags  wire.Flags
+	epoch  wire.Epoch // of the ownership
+	closed bool
+}
+
+var (
+	certOnce sync.Once
+	certTest tls.Certificate
+)
+
+func testCert(t *testing.T) tls.Certificate {
+	t.Helper()
+	certOnce.Do(func() {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"localhost"}, NotAfter: time.Now().Add(time.Hour)}
+		der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, &key.PublicKey, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		certTest = tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+	})
+	return certTest
+}
+
+var lastID atomic.Uint64
+
+// newSession makes a connection with a crypto/tls client and takes it as far as a
+// supervisor does before it gives it to a worker.
+func newSession(t *testing.T, mode ktls.Mode, version uint16) *sess {
+	t.Helper()
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	ln, err := lc.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ln.Close() }()
+	type result struct {
+		c   *tls.Conn
+		err error
+	}
+	dialed := make(chan result, 1)
+	go func() {
+		c, err := tls.Dial("tcp", ln.Addr().String(), &tls.Config{InsecureSkipVerify: true, MinVersion: version, MaxVersion: version})
+		dialed <- result{c, err}
+	}()
+	tcp, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv, err := ktls.Server(t.Context(), tcp.(*net.TCPConn), &ktls.Config{Mode: mode,
+		TLS: &tls.Config{Certificates: []tls.Certificate{testCert(t)}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := <-dialed
+	if d.err != nil {
+		t.Fatal(d.err)
+	}
+	sock, st, err := srv.Detach()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &sess{t: t, id: lastID.Add(1), cli: d.c}
+	if s.facts, err = st.MarshalFacts(); err != nil {
+		t.Fatal(err)
+	}
+	if s.cargo.Record, err = st.MarshalRecord(); err != nil {
+		t.Fatal(err)
+	}
+	st.Wipe()
+	rc, err := sock.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := rc.Control(func(fd uintptr) { s.fd, err = sys.Dup(int(fd)) }); err != nil {
+		t.Fatal(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = sock.Close()
+	_ = s.cli.SetDeadline(time.Now().Add(4 * patience))
+	t.Cleanup(s.close)
+	return s
+}
+
+func (s *sess) close() {
+	if !s.closed {
+		s.closed = true
+		_ = s.cli.Close()
+		sys.CloseAll([]int{s.fd})
+	}
+}
+
+func (s *sess) item(e wire.Epoch) wire.Item {
+	c := s.cargo
+	c.Facts = s.facts
+	return wire.Item{Ref: wire.Ref{ID: s.id, Epoch: e}, Cargo: c, Group: s.group, Flags: s.flags, Socket: s.fd}
+}
+
+func (s *sess) ref(e wire.Epoch) wire.Ref { return wire.Ref{ID: s.id, Epoch: e} }
+
+// own is the supervisor's record of its own session: id and epoch of the ownership.
+func (s *sess) own() wire.Ref { return s.ref(s.epoch) }
+
+// adopt offers s to p and waits for ADOPTED.
+func (p *proc) adopt(s *sess, e wire.Epoch) {
+	p.t.Helper()
+	p.send(&wire.Message{Type: wire.TypeAdopt, Items: []wire.Item{s.item(e)}})
+	if m := p.expect(wire.TypeAdopted); len(m.Refs) != 1 || m.Refs[0] != s.ref(e) {
+		p.t.Fatalf("ADOPTED %+v, want %+v", m.Refs, s.ref(e))
+	}
+}
+
+// give makes p the owner of s.
+func (p *proc) give(s *sess) {
+	p.t.Helper()
+	e := newEpoch()
+	p.adopt(s, e)
+	s.epoch = e
+	p.refs(wire.TypeResume, s.own())
+}
+
+// freeze asks p to park s and takes its cargo.
+func (p *proc) freeze(s *sess) wire.Epoch {
+	p.t.Helper()
+	e := newEpoch()
+	p.refs(wire.TypeFreeze, s.ref(e))
+	p.parked(s, e)
+	return e
+}
+
+func (p *proc) parked(s *sess, e wire.Epoch) {
+	p.t.Helper()
+	m := p.expect(wire.TypeParked)
+	if len(m.Items) != 1 || m.Items[0].Ref != s.ref(e) {
+		p.t.Fatalf("PARKED %+v, want %+v", m.Items, s.ref(e))
+	}
+	s.cargo, s.flags = m.Items[0].Cargo, wire.FlagRestored
+}
+
+// move is the whole way from one worker to another.
+func move(s *sess, from, to *proc) {
+	s.t.Helper()
+	e := from.freeze(s)
+	to.adopt(s, e)
+	s.epoch = e
+	to.refs(wire.TypeResume, s.ref(e))
+	from.refs(wire.TypeRelease, s.ref(e))
+}
+
+// say sends a line and expects the answer to it.
+func (s *sess) say(line, want string) {
+	s.t.Helper()
+	s.write(line)
+	s.read(want)
+}
+
+func (s *sess) write(text string) {
+	s.t.Helper()
+	if _, err := io.WriteString(s.cli, text); err != nil {
+		s.t.Fatalf("session %d: client's write: %v", s.id, err)
+	}
+}
+
+func (s *sess) read(want string) {
+	s.t.Helper()
+	buf := make([]byte, len(want))
+	if n, err := io.ReadFull(s.cli, buf); err != nil || string(buf) != want {
+		s.t.Fatalf("session %d: client got %q (error %v), want %q", s.id, buf[:n], err, want)
+	}
+}
+
+// eof expects close_notify.
+func (s *sess) eof() {
+	s.t.Helper()
+	if n, err := s.cli.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		s.t.Fatalf("session %d: client got %d bytes and error %v, want close_notify", s.id, n, err)
+	}
+}
+
+// expectClosed waits for CLOSED of s and acknowledges it.
+func (p *proc) expectClosed(s *sess, want wire.Reason) wire.Closed {
+	p.t.Helper()
+	m := p.expect(wire.TypeClosed)
+	if len(m.Closed) != 1 || m.Closed[0].Ref != s.own() || m.Closed[0].Reason != want {
+		p.t.Fatalf("CLOSED %+v, want session %d epoch %d, %s", m.Closed, s.id, s.epoch, want)
+	}
+	return m.Closed[0]
+}
+
+func echoHandler(_ context.Context, c *Conn) error {
+	_, err := io.Copy(c, c)
+	return err
+}
+
+func countFDs(t *testing.T) int {
+	t.Helper()
+	l, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(l)
+}
