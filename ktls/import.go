@@ -41,7 +41,7 @@ func importSession(sock Socket, factsData, recordData []byte) (*Conn, error) {
 	if err := r.check(f); err != nil {
 		return nil, fmt.Errorf("record: %w", err)
 	}
-	if err := checkTCP(sock); err != nil {
+	if err := checkTCP(sock, f.Layer); err != nil {
 		return nil, err
 	}
 	layer, err := r.layer(sock, f)
@@ -154,16 +154,20 @@ func (r *record) restore(c *Conn) {
 	c.notePending()
 }
 
-func checkTCP(sock Socket) error {
+// checkTCP makes sure that sock is a TCP socket. The software layer also runs over
+// multipath TCP, which Go's listeners use by default where the kernel has it.
+func checkTCP(sock Socket, layer Layer) error {
 	rc, err := sock.SyscallConn()
 	if err != nil {
 		return fmt.Errorf("socket: %w", err)
 	}
-	tcp := false
-	if err := rc.Control(func(fd uintptr) { tcp = sys.IsTCP(int(fd)) }); err != nil {
+	ok := false
+	if err := rc.Control(func(fd uintptr) {
+		ok = sys.IsTCP(int(fd)) || layer == LayerSoftware && sys.IsMPTCP(int(fd))
+	}); err != nil {
 		return fmt.Errorf("socket: %w", err)
 	}
-	if !tcp {
+	if !ok {
 		return errors.New("the descriptor is not a TCP socket")
 	}
 	return nil

@@ -27,6 +27,9 @@ func (c *Config) serverBase() (*tls.Config, error) {
 	defer c.mu.Unlock()
 	if c.base == nil || c.baseOf != c.TLS {
 		user := c.TLS
+		if _, err := allowed(user); err != nil {
+			return nil, err
+		}
 		base := user.Clone()
 		base.KeyLogWriter = nil
 		base.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
@@ -90,15 +93,29 @@ func restrict(user *tls.Config, w *wire) (*tls.Config, error) {
 	w.keyLog = user.KeyLogWriter
 	cfg.KeyLogWriter = keyLogWriter{w}
 	cfg.Renegotiation = tls.RenegotiateNever
-	cfg.MinVersion = max(cfg.MinVersion, tls.VersionTLS12)
-	cfg.CipherSuites = suites12(user.CipherSuites)
-	if len(cfg.CipherSuites) == 0 {
-		cfg.MinVersion = tls.VersionTLS13
+	limits, err := allowed(user)
+	if err != nil {
+		return nil, err
 	}
-	if cfg.MaxVersion != 0 && cfg.MaxVersion < cfg.MinVersion {
-		return nil, fmt.Errorf("tls.Config allows no version with a usable suite: %w", ErrUnsupportedSuite)
-	}
+	cfg.MinVersion, cfg.CipherSuites = limits.minVersion, limits.suites
 	return cfg, nil
+}
+
+type tlsLimits struct {
+	minVersion uint16
+	suites     []uint16 // of TLS 1.2
+}
+
+// allowed is what is left of a user's versions and suites.
+func allowed(user *tls.Config) (tlsLimits, error) {
+	l := tlsLimits{minVersion: max(user.MinVersion, tls.VersionTLS12), suites: suites12(user.CipherSuites)}
+	if len(l.suites) == 0 {
+		l.minVersion = tls.VersionTLS13
+	}
+	if user.MaxVersion != 0 && user.MaxVersion < l.minVersion {
+		return l, fmt.Errorf("tls.Config allows no version with a usable suite: %w", ErrUnsupportedSuite)
+	}
+	return l, nil
 }
 
 // cache13 offers sessions of TLS 1.3 only, from a cache that others fill: a

@@ -25,8 +25,9 @@ type wire struct {
 
 	hdr  [recordHeaderLen]byte // of the record being read
 	hdrN int
-	left int    // bytes of its body still to come
-	body []byte // its body, when it is being kept
+	left int  // bytes of its body still to come
+	keep bool // it matters, so all of it goes to body
+	body []byte
 
 	started bool // a first record header was read
 	notTLS  bool // and it was none
@@ -86,7 +87,7 @@ func (w *wire) Read(p []byte) (int, error) {
 		return n, err
 	}
 	n, err := w.Conn.Read(p[:min(len(p), w.left)])
-	if w.keepsBody() {
+	if w.keep {
 		w.body = append(w.body, p[:n]...)
 	}
 	if w.left -= n; w.left == 0 {
@@ -101,8 +102,10 @@ func (w *wire) header() {
 		w.notTLS = w.hdr[0] != byte(typeHandshake) || w.hdr[1] != 3
 	}
 	w.left = int(binary.BigEndian.Uint16(w.hdr[3:]))
+	// A ServerHello matters, and what follows ChangeCipherSpec in TLS 1.2.
+	w.keep = !w.is13 && (w.in.ccs || w.client && !w.hello.done())
 	w.body = w.body[:0]
-	if w.keepsBody() {
+	if w.keep {
 		w.body = append(w.body, w.hdr[:]...)
 	}
 	if w.left == 0 {
@@ -110,25 +113,17 @@ func (w *wire) header() {
 	}
 }
 
-// keepsBody reports whether the record being read matters: a ServerHello, or what
-// follows ChangeCipherSpec in TLS 1.2.
-func (w *wire) keepsBody() bool {
-	return !w.is13 && (w.in.ccs || w.client && !w.hello.done())
-}
-
 func (w *wire) endRecord() {
 	w.hdrN = 0
-	if w.is13 {
-		return
-	}
-	switch {
+	switch typ := recordType(w.hdr[0]); {
+	case w.is13:
 	case w.in.ccs:
 		if err := w.in.add(w.body); err != nil && w.err == nil {
 			w.err = err
 		}
-	case recordType(w.hdr[0]) == typeChangeCipherSpec:
+	case typ == typeChangeCipherSpec:
 		w.in.ccs = true
-	case w.client && recordType(w.hdr[0]) == typeHandshake:
+	case w.keep && typ == typeHandshake:
 		w.hello.add(w.body[recordHeaderLen:])
 	}
 }
