@@ -91,7 +91,7 @@ func (d *demo) run(asked context.Context) (err error) {
 	// Nothing below makes sense any more once it has ended by itself.
 	ctx, cancel := context.WithCancelCause(asked)
 	defer cancel(nil)
-	stopWatch := context.AfterFunc(d.unit.ended, func() { cancel(errors.New("ktlsvisor ended by itself")) })
+	stopWatch := context.AfterFunc(d.unit.ended, func() { cancel(d.unit.endedEarly()) })
 	defer stopWatch()
 
 	st, err := d.await(ctx, startLimit, "the supervisor to serve", func(st *admin.Status) bool {

@@ -107,11 +107,20 @@ func (u *unit) wait(limit time.Duration) bool {
 	}
 }
 
+// outcome is how the unit ended; nil while it runs and when it ended well.
 func (u *unit) outcome() error {
 	if u.ended.Err() == nil || u.err == nil {
 		return nil
 	}
 	return fmt.Errorf("ktlsvisor run: %w", u.err)
+}
+
+// endedEarly is the error of a unit that was not asked to end.
+func (u *unit) endedEarly() error {
+	if err := u.outcome(); err != nil {
+		return fmt.Errorf("ktlsvisor ended by itself: %w", err)
+	}
+	return errors.New("ktlsvisor ended by itself, with exit code 0")
 }
 
 // withLog adds what the unit said last to an error.

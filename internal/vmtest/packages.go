@@ -25,6 +25,7 @@ var testPackages = []testPackage{
 	{path: "ktls"},
 	{path: "internal/keeper"},
 	{path: "handoff"},
+	{path: "internal/demo"},
 	{path: "internal/e2e", limit: 4 * time.Minute},
 }
 
