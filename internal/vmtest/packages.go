@@ -15,7 +15,7 @@ type testPackage struct {
 // cannot hide among skipped ones.
 const hostOnly = "^TestHost"
 
-const defaultLimit = 2 * time.Minute
+const defaultLimit = 4 * time.Minute
 
 // testPackages run in this order; those that have no tests yet are left out.
 var testPackages = []testPackage{
@@ -26,7 +26,7 @@ var testPackages = []testPackage{
 	{path: "internal/keeper"},
 	{path: "handoff"},
 	{path: "internal/demo"},
-	{path: "internal/e2e", limit: 4 * time.Minute},
+	{path: "internal/e2e", limit: 5 * time.Minute},
 }
 
 // programs are built into every guest's /bin, once they exist.

@@ -31,7 +31,7 @@ type Options struct {
 	Jobs           int           // guests at the same time; 1
 	CPUs           int           // of a guest; 2
 	Memory         int           // of a guest, MiB; 2048
-	BootLimit      time.Duration // 8 minutes
+	BootLimit      time.Duration // 10 minutes
 	Verbose        bool          // every line of the tests
 	KeepDir        bool          // leave the folder with initramfs and consoles
 	Say            func(format string, args ...any)
@@ -78,7 +78,7 @@ func (o *Options) defaults() {
 		o.Memory = 2048
 	}
 	if o.BootLimit == 0 {
-		o.BootLimit = 8 * time.Minute
+		o.BootLimit = 10 * time.Minute
 	}
 }
 
