@@ -19,7 +19,6 @@ import (
 
 	"github.com/ktlsvisor/ktlsvisor/internal/admin"
 	"github.com/ktlsvisor/ktlsvisor/internal/config"
-	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
 
@@ -31,7 +30,7 @@ type Supervisor struct {
 	log     hclog.Logger
 	version string
 	cfg     *config.Config
-	keeper  *keeper.Client
+	keeper  store
 	retain  *retainer
 	now     func() time.Time
 	started time.Time

@@ -299,7 +299,7 @@ func (s *Supervisor) abortGroup(gm *groupMove, why string) {
 		if o := a.s.owner; a.step != stepFreezing && (o == nil || o.state == workerDead) {
 			if o != nil {
 				delete(o.sessions, a.s.id)
-				a.s.owner = nil
+				a.s.owner, a.s.flags = nil, a.flags
 				s.putParked(a.s, a.cargo.Record)
 			}
 			s.park(a.s, a.cargo, a.flags)

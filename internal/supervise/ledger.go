@@ -72,6 +72,7 @@ type entry struct {
 	Moves    uint32
 	Phase    slotPhase
 	Software bool
+	Flags    wire.Flags // how a parked session comes to its next owner
 	Group    string
 }
 
@@ -233,6 +234,7 @@ func encodeEntry(b []byte, e entry) {
 		b[53] = 1
 	}
 	b[54] = byte(len(e.Group))
+	b[55] = byte(e.Flags)
 	clear(b[56:entrySize])
 	copy(b[56:56+wire.MaxGroup], e.Group)
 	binary.LittleEndian.PutUint32(b, crc32.Checksum(b[8:entrySize], crcTable))
@@ -251,6 +253,7 @@ func decodeEntry(b []byte) (e entry, ok bool) {
 		Moves:    binary.LittleEndian.Uint32(b[48:]),
 		Phase:    slotPhase(b[52]),
 		Software: b[53] == 1,
+		Flags:    wire.Flags(b[55]),
 		Group:    string(b[56 : 56+int(b[54])]),
 	}
 	return e, e.Seq > 0

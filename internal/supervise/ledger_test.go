@@ -20,7 +20,7 @@ func newLedger(t *testing.T, slots int) (*ledger, int) {
 	return l, fd
 }
 
-var sample = entry{ID: 7, Epoch: wire.NewEpoch(3, 9), Owner: 4, Accepted: 12345, Moves: 2, Phase: slotOwned, Software: true, Group: "room/ä"}
+var sample = entry{ID: 7, Epoch: wire.NewEpoch(3, 9), Owner: 4, Accepted: 12345, Moves: 2, Phase: slotOwned, Software: true, Flags: wire.FlagRestored, Group: "room/ä"}
 
 // What one supervisor wrote, the next one reads, also through its own mapping.
 func TestLedgerOutlivesItsWriter(t *testing.T) {

@@ -77,7 +77,7 @@ func (s *Supervisor) openListeners(ctx context.Context, blobs map[string]blob) e
 	return nil
 }
 
-func openListener(ctx context.Context, k *keeper.Client, have map[string]int, name string, open func() (net.Listener, error)) (net.Listener, error) {
+func openListener(ctx context.Context, k store, have map[string]int, name string, open func() (net.Listener, error)) (net.Listener, error) {
 	if fd, ok := have[name]; ok {
 		delete(have, name)
 		f := os.NewFile(uintptr(fd), name)
@@ -156,7 +156,7 @@ func (s *Supervisor) listenerConfig(ctx context.Context, i int, c *config.Listen
 
 // putBlob stores data in a sealed memory file: it may be secret, and the keeper
 // holds it without mapping it.
-func putBlob(ctx context.Context, k *keeper.Client, name string, data []byte) error {
+func putBlob(ctx context.Context, k store, name string, data []byte) error {
 	fd, err := sys.SealedMemfd("ktlsvisor-blob", data)
 	if err != nil {
 		return err

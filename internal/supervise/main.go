@@ -47,11 +47,8 @@ func Main(ctx context.Context, log hclog.Logger, version string) int {
 		log.Error("supervisor cannot start", "error", err)
 		return 1
 	}
-	s := &Supervisor{log: log, version: version, keeper: p.client, now: time.Now, started: started,
-		events: make(chan func(), 4096), stop: make(chan struct{}), done: make(chan struct{}),
-		sessions: map[uint64]*session{}, workers: map[uint64]*worker{}, pools: map[string]*pool{},
-		groups: map[groupKey]*group{}, attempts: map[*attempt]struct{}{}, groupMoves: map[*groupMove]struct{}{}}
-	s.ctx, s.cancel = context.WithCancel(ctx)
+	s := newSupervisor(ctx, log, p.client)
+	s.version, s.started = version, started
 	defer s.cancel()
 	first, err := s.boot(p)
 	if err != nil {
@@ -64,6 +61,15 @@ func Main(ctx context.Context, log hclog.Logger, version string) int {
 		return 1
 	}
 	return s.serveUntilEnd(p)
+}
+
+func newSupervisor(ctx context.Context, log hclog.Logger, k store) *Supervisor {
+	s := &Supervisor{log: log, keeper: k, now: time.Now,
+		events: make(chan func(), 4096), stop: make(chan struct{}), done: make(chan struct{}),
+		sessions: map[uint64]*session{}, workers: map[uint64]*worker{}, pools: map[string]*pool{},
+		groups: map[groupKey]*group{}, attempts: map[*attempt]struct{}{}, groupMoves: map[*groupMove]struct{}{}}
+	s.ctx, s.cancel = context.WithCancel(ctx)
+	return s
 }
 
 // process is what connects this process to the keeper and to its predecessor.

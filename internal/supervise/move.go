@@ -344,6 +344,7 @@ func (s *Supervisor) orphan(ss *session, w *worker) {
 	}
 	if a := ss.attempt; a != nil {
 		a.from = nil // parked: the attempt goes on; its cargo is here
+		ss.flags = a.flags
 		s.putParked(ss, a.cargo.Record)
 		return
 	}
@@ -360,8 +361,8 @@ func (s *Supervisor) orphan(ss *session, w *worker) {
 	if op := ss.pool.op; op != nil {
 		op.report.Interrupted++
 	}
-	s.led.put(ss.slot, ss.slotEntry())
 	s.park(ss, wire.Cargo{Record: r.Record}, wire.FlagRestored|wire.FlagInterrupted)
+	s.led.put(ss.slot, ss.slotEntry())
 }
 
 // putParked records a session without an owner, with the record state that it

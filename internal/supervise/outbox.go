@@ -23,7 +23,7 @@ var errWorkerStuck = errors.New("the worker does not read its control channel")
 // descriptor of a session.
 type outbox struct {
 	ch     *wire.Channel
-	keeper *keeper.Client
+	keeper store
 	// missing is called for a session whose socket the keeper does not have.
 	missing func(wire.Ref)
 	// failed is called once when nothing can be sent any more.
@@ -38,7 +38,7 @@ type outbox struct {
 	cancel context.CancelFunc
 }
 
-func newOutbox(ch *wire.Channel, k *keeper.Client, missing func(wire.Ref), failed func(error)) *outbox {
+func newOutbox(ch *wire.Channel, k store, missing func(wire.Ref), failed func(error)) *outbox {
 	o := &outbox{ch: ch, keeper: k, missing: missing, failed: failed,
 		wake: make(chan struct{}, 1), done: make(chan struct{})}
 	o.ctx, o.cancel = context.WithCancel(context.Background())

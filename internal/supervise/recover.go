@@ -212,9 +212,10 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 			s.lose(ss, err.Error())
 			return
 		}
-		flags := wire.Flags(0)
-		if ss.moves > 0 || e.Owner != 0 {
-			flags = wire.FlagRestored | wire.FlagInterrupted
+		flags := e.Flags
+		if flags == wire.FlagRestored { // the application's state was in the dead supervisor's memory only
+			flags |= wire.FlagInterrupted
+			s.led.count(cntInterrupted, 1)
 		}
 		s.park(ss, wire.Cargo{Record: r.Record}, flags)
 	default: // its owner's death had been seen: only then is a worker forgotten

@@ -13,10 +13,18 @@ import (
 // waits, so running into this means that the machine is stuck or the keeper dead.
 const keeperTimeout = 30 * time.Second
 
+// store is what the supervisor needs of the keeper while it serves.
+type store interface {
+	Put(ctx context.Context, entries ...keeper.Entry) error
+	Get(ctx context.Context, kind keeper.Kind, ids ...uint64) ([]keeper.Entry, error)
+	List(ctx context.Context, kind keeper.Kind) ([]keeper.Entry, error)
+	Delete(ctx context.Context, keys ...keeper.Key) error
+}
+
 // retainer passes orders to the keeper, in order and in batches, outside the
 // goroutine that owns the ledger.
 type retainer struct {
-	client *keeper.Client
+	client store
 	post   func(func())
 
 	mu     sync.Mutex
@@ -51,7 +59,7 @@ func (o *order) kind() int {
 	}
 }
 
-func newRetainer(c *keeper.Client, post func(func())) *retainer {
+func newRetainer(c store, post func(func())) *retainer {
 	r := &retainer{client: c, post: post, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	go r.run()
 	return r

@@ -76,7 +76,7 @@ type attempt struct {
 // slotEntry is what the slot should say.
 func (ss *session) slotEntry() entry {
 	e := entry{ID: ss.id, Epoch: ss.epoch, Accepted: ss.accepted, Moves: ss.moves,
-		Software: ss.software, Group: ss.group, Phase: slotParked}
+		Software: ss.software, Flags: ss.flags, Group: ss.group, Phase: slotParked}
 	if ss.owner != nil {
 		e.Owner, e.Phase = ss.owner.id, slotOwned
 	}

@@ -1,0 +1,194 @@
+package supervise
+
+import (
+	"testing"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+)
+
+// join makes a session of f a member of a group that lives there.
+func (u *unit) join(f *fake, ref wire.Ref, name string) {
+	u.t.Helper()
+	f.send(&wire.Message{Type: wire.TypeGroup, Refs: refs(ref), Group: name})
+	if m := f.expect(wire.TypeGrouped); m.Refs[0] != ref || m.Group != name || m.Text != "" {
+		u.t.Fatalf("GROUPED %+v", m)
+	}
+}
+
+// members makes a group of n sessions at f.
+func (u *unit) members(f *fake, n int, name string) []wire.Ref {
+	u.t.Helper()
+	var out []wire.Ref
+	for range n {
+		ref := u.owned(f, true)
+		u.join(f, ref, name)
+		out = append(out, ref)
+	}
+	return out
+}
+
+func parkGroup(name string, tries []wire.Ref, last bool) *wire.Message {
+	m := &wire.Message{Type: wire.TypeParked, Group: name, Last: last}
+	for _, r := range tries {
+		m.Items = append(m.Items, wire.Item{Ref: r, Group: name, Cargo: wire.Cargo{Record: []byte("rec")}})
+	}
+	if last {
+		m.Blobs = []wire.Blob{{Group: name, Data: []byte("shared")}}
+	}
+	return m
+}
+
+// A group moves as one: nothing is offered before all members are parked, nothing
+// is committed before all are adopted, and its blob travels.
+func TestGroupMovesAsOne(t *testing.T) {
+	u := newUnit(t)
+	old := u.worker(1)
+	ms := u.members(old, 3, "room")
+	young := u.worker(2)
+	u.retire(old, 2)
+	fr := old.expect(wire.TypeFreeze)
+	if fr.Group != "room" || !fr.Last || len(fr.Refs) != 3 {
+		t.Fatalf("FREEZE %+v", fr)
+	}
+	old.send(parkGroup("room", fr.Refs[:2], false))
+	u.silent(young)
+	old.send(parkGroup("room", fr.Refs[2:], true))
+	ad := young.expect(wire.TypeAdopt)
+	if ad.Group != "room" || !ad.Last || len(ad.Items) != 3 || len(ad.Blobs) != 1 || string(ad.Blobs[0].Data) != "shared" {
+		t.Fatalf("ADOPT %+v", ad)
+	}
+	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: fr.Refs[:2]})
+	u.silent(young)
+	for _, m := range ms {
+		if owner, _ := u.owner(m.ID); owner != old.w.id {
+			t.Fatal("a member was committed before the others were adopted")
+		}
+	}
+	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: fr.Refs[2:]})
+	if m := young.expect(wire.TypeResume); m.Group != "room" || !m.Last || len(m.Refs) != 3 {
+		t.Fatalf("RESUME %+v", m)
+	}
+	old.expect(wire.TypeRelease)
+	for _, m := range ms {
+		if owner, _ := u.owner(m.ID); owner != young.w.id {
+			t.Error("a member stayed behind")
+		}
+	}
+}
+
+// One member that cannot be adopted keeps all of them where they were.
+func TestGroupIsRefusedAsOne(t *testing.T) {
+	u := newUnit(t)
+	old := u.worker(1)
+	ms := u.members(old, 3, "room")
+	young := u.worker(2)
+	u.retire(old, 2)
+	fr := old.expect(wire.TypeFreeze)
+	old.send(parkGroup("room", fr.Refs, true))
+	young.expect(wire.TypeAdopt)
+	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: fr.Refs[:2]})
+	young.send(&wire.Message{Type: wire.TypeRefused, Refused: []wire.Refused{{Ref: fr.Refs[2], Why: "no"}}})
+	if m := young.expect(wire.TypeAbort); len(m.Refs) != 3 {
+		t.Fatalf("ABORT %+v", m)
+	}
+	if m := old.expect(wire.TypeThaw); m.Group != "room" || !m.Last || len(m.Refs) != 3 {
+		t.Fatalf("THAW %+v", m)
+	}
+	for _, m := range ms {
+		if owner, e := u.owner(m.ID); owner != old.w.id || e.Epoch != m.Epoch {
+			t.Errorf("the ledger says %+v", e)
+		}
+	}
+}
+
+// A member that ends while the group is under way does not hold the others up.
+func TestMemberEndsDuringGroupMove(t *testing.T) {
+	u := newUnit(t)
+	old := u.worker(1)
+	ms := u.members(old, 2, "room")
+	young := u.worker(2)
+	u.retire(old, 2)
+	fr := old.expect(wire.TypeFreeze)
+	var staying, leaving wire.Ref
+	for i, r := range fr.Refs {
+		if r.ID == ms[0].ID {
+			leaving, staying = ms[0], fr.Refs[1-i]
+		}
+	}
+	old.send(&wire.Message{Type: wire.TypeClosed, Closed: []wire.Closed{{Ref: leaving, Reason: wire.ReasonPeer}}})
+	old.send(parkGroup("room", refs(staying), true))
+	if m := young.expect(wire.TypeAdopt); len(m.Items) != 1 || m.Items[0].Ref != staying {
+		t.Fatalf("ADOPT %+v", m)
+	}
+	old.expect(wire.TypeClosedAck)
+}
+
+// A session that joins a group at another worker is moved there, alone, and is a
+// member from the commit on.
+func TestJoinElsewhereMovesTheSession(t *testing.T) {
+	u := newUnit(t)
+	home := u.worker(1)
+	u.members(home, 1, "room")
+	away := u.worker(1)
+	ref := u.owned(away, true)
+	away.send(&wire.Message{Type: wire.TypeGroup, Refs: refs(ref), Group: "room"})
+	fr := away.expect(wire.TypeFreeze)
+	if fr.Group != "" || fr.Refs[0].ID != ref.ID {
+		t.Fatalf("FREEZE %+v", fr)
+	}
+	away.send(parkedItem(fr.Refs[0], "rec"))
+	it := home.expect(wire.TypeAdopt).Items[0]
+	if it.Group != "room" || it.Ref != fr.Refs[0] {
+		t.Fatalf("ADOPT %+v", it)
+	}
+	home.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(it.Ref)})
+	home.expect(wire.TypeResume)
+	away.expect(wire.TypeRelease)
+	if _, e := u.owner(ref.ID); e.Group != "room" || e.Owner != home.w.id {
+		t.Errorf("the ledger says %+v", e)
+	}
+	u.s.call(func() {
+		if n := len(u.s.groups[groupKey{u.pool, "room"}].members); n != 2 {
+			t.Errorf("%d members, want 2", n)
+		}
+	})
+}
+
+// Who wants to join while the group moves is answered when it has arrived.
+func TestJoinWaitsForAMovingGroup(t *testing.T) {
+	u := newUnit(t)
+	old := u.worker(1)
+	u.members(old, 1, "room")
+	young := u.worker(2)
+	u.retire(old, 2)
+	fr := old.expect(wire.TypeFreeze)
+	newcomer := u.owned(young, true)
+	young.send(&wire.Message{Type: wire.TypeGroup, Refs: refs(newcomer), Group: "room"})
+	u.silent(young)
+	old.send(parkGroup("room", fr.Refs, true))
+	young.expect(wire.TypeAdopt)
+	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: fr.Refs})
+	young.expect(wire.TypeResume)
+	if m := young.expect(wire.TypeGrouped); m.Refs[0] != newcomer || m.Text != "" {
+		t.Fatalf("GROUPED %+v", m)
+	}
+}
+
+// The old worker dies in the middle of a group's move.
+func TestGroupsOwnerDies(t *testing.T) {
+	u := newUnit(t)
+	old := u.worker(1)
+	u.members(old, 2, "room")
+	young := u.worker(2)
+	u.retire(old, 2)
+	fr := old.expect(wire.TypeFreeze)
+	old.send(parkGroup("room", fr.Refs, true))
+	young.expect(wire.TypeAdopt)
+	old.kill()
+	u.until(func() bool { return u.s.workers[old.w.id] == nil })
+	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: fr.Refs})
+	young.expect(wire.TypeResume)
+	if c := u.counters(); c.lost+c.interrupted != 0 {
+		t.Errorf("counters %+v", c)
+	}
+}

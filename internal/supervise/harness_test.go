@@ -1,0 +1,400 @@
+package supervise
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"go.uber.org/goleak"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/config"
+	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+	"github.com/ktlsvisor/ktlsvisor/pidfd"
+)
+
+// patience bounds every wait of these tests.
+const patience = 10 * time.Second
+
+// memStore is a keeper in this process.
+type memStore struct {
+	mu      sync.Mutex
+	entries map[keeper.Key]keeper.Entry
+	shut    map[uint64]bool
+}
+
+func newMemStore() *memStore { return &memStore{entries: map[keeper.Key]keeper.Entry{}} }
+
+func dupAll(fds []int) ([]int, error) {
+	var out []int
+	for _, fd := range fds {
+		n, err := sys.Dup(fd)
+		if err != nil {
+			sys.CloseAll(out)
+			return nil, err
+		}
+		out = append(out, n)
+	}
+	return out, nil
+}
+
+func (m *memStore) Put(_ context.Context, entries ...keeper.Entry) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, e := range entries {
+		fds, err := dupAll(e.FDs)
+		if err != nil {
+			return err
+		}
+		sys.CloseAll(m.entries[e.Key].FDs)
+		e.FDs = fds
+		m.entries[e.Key] = e
+	}
+	return nil
+}
+
+func (m *memStore) Get(_ context.Context, kind keeper.Kind, ids ...uint64) ([]keeper.Entry, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	want := map[uint64]bool{}
+	for _, id := range ids {
+		want[id] = true
+	}
+	var out []keeper.Entry
+	for k, e := range m.entries {
+		if k.Kind != kind || len(ids) > 0 && !want[k.ID] {
+			continue
+		}
+		fds, err := dupAll(e.FDs)
+		if err != nil {
+			return nil, err
+		}
+		e.FDs = fds
+		out = append(out, e)
+	}
+	return out, nil
+}
+
+func (m *memStore) List(_ context.Context, kind keeper.Kind) ([]keeper.Entry, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var out []keeper.Entry
+	for k, e := range m.entries {
+		if k.Kind == kind {
+			out = append(out, keeper.Entry{Key: e.Key, Meta: e.Meta})
+		}
+	}
+	return out, nil
+}
+
+func (m *memStore) Delete(_ context.Context, keys ...keeper.Key) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, k := range keys {
+		sys.CloseAll(m.entries[k].FDs)
+		delete(m.entries, k)
+	}
+	return nil
+}
+
+func (m *memStore) closeAll() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for k, e := range m.entries {
+		sys.CloseAll(e.FDs)
+		delete(m.entries, k)
+	}
+}
+
+// unit is a supervisor with one pool whose workers are played by the test.
+type unit struct {
+	t     *testing.T
+	s     *Supervisor
+	store *memStore
+	led   int
+	pool  *pool
+	peers map[uint64]net.Conn // the clients' ends, by session
+}
+
+// fake is a worker: a real process, which only sleeps, and the other end of its
+// channel.
+type fake struct {
+	t   *testing.T
+	w   *worker
+	ch  *wire.Channel
+	cmd *exec.Cmd
+}
+
+func newUnit(t *testing.T) *unit {
+	t.Helper()
+	goleak.VerifyNone(t)
+	st := newMemStore()
+	led, fd, err := createLedger(64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := &unit{t: t, store: st, led: fd, peers: map[uint64]net.Conn{}}
+	u.start(led, 1)
+	for i := led.slots - 1; i >= 0; i-- {
+		u.s.freeSlots = append(u.s.freeSlots, i)
+	}
+	go u.s.run()
+	t.Cleanup(func() {
+		u.end()
+		st.closeAll()
+		sys.CloseAll([]int{fd})
+		for _, c := range u.peers {
+			_ = c.Close()
+		}
+		goleak.VerifyNone(t)
+	})
+	return u
+}
+
+// start makes a supervisor; run is not started yet.
+func (u *unit) start(led *ledger, incarnation uint32) {
+	log := hclog.New(&hclog.LoggerOptions{Level: hclog.Debug, Output: &testLog{u.t}})
+	s := newSupervisor(context.Background(), log, u.store)
+	s.led, s.incarnation, s.generation = led, incarnation, incarnation
+	s.retain = newRetainer(u.store, s.post)
+	pc := config.NewPool()
+	pc.Name, pc.Command, pc.Workers = "p", []string{"/nonexistent"}, 0
+	pc.FreezeTimeout = config.Duration(time.Minute)
+	s.cfg = &config.Config{MaxSessions: led.slots, Pools: []config.Pool{pc}}
+	u.pool = &pool{name: "p", cfg: pc, serving: 1, newest: 1, workers: map[uint64]*worker{}, parked: map[uint64]*session{}}
+	s.pools["p"] = u.pool
+	s.front = newFront(log, s.admit, func(counter) {})
+	u.s = s
+}
+
+// end stops the supervisor as a crash would: nothing is said to anyone.
+func (u *unit) end() {
+	u.s.call(func() {
+		for _, w := range u.s.workers {
+			if w.ch != nil {
+				w.out.abandon()
+				_ = w.ch.Close()
+				w.ch = nil
+			}
+		}
+		close(u.s.stop)
+	})
+	<-u.s.done
+	u.s.cancel()
+	u.s.retain.close()
+	u.s.led.close()
+}
+
+type testLog struct{ t *testing.T }
+
+func (l *testLog) Write(p []byte) (int, error) { l.t.Logf("%s", p); return len(p), nil }
+
+// worker adds a ready worker of a generation.
+func (u *unit) worker(gen uint32) *fake {
+	u.t.Helper()
+	a, b, err := sys.PacketPair()
+	if err != nil {
+		u.t.Fatal(err)
+	}
+	ch, err := wire.NewChannel(b)
+	if err != nil {
+		u.t.Fatal(err)
+	}
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		u.t.Fatal(err)
+	}
+	proc, err := pidfd.Open(cmd.Process.Pid)
+	if err != nil {
+		u.t.Fatal(err)
+	}
+	f := &fake{t: u.t, ch: ch, cmd: cmd}
+	u.s.call(func() {
+		u.s.lastWorker++
+		f.w = &worker{id: u.s.lastWorker, pid: cmd.Process.Pid, gen: gen, pool: u.pool, proc: proc,
+			state: workerReady, sessions: map[uint64]*session{}}
+		if err := u.s.listen(f.w, a); err != nil {
+			u.t.Error(err)
+		}
+		u.s.workers[f.w.id], u.pool.workers[f.w.id] = f.w, f.w
+		if err := u.s.keepChannel(f.w); err != nil {
+			u.t.Error(err)
+		}
+		u.s.watch(f.w)
+	})
+	u.t.Cleanup(func() { f.kill(); _ = ch.Close(); _ = proc.Close() })
+	return f
+}
+
+// kill is kill -9.
+func (f *fake) kill() {
+	_ = f.ch.Close()
+	_ = f.cmd.Process.Kill()
+	_ = f.cmd.Wait()
+}
+
+func (f *fake) send(m *wire.Message) {
+	f.t.Helper()
+	if err := f.ch.Send(m); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+// expect receives the next message, which must be of this type.
+func (f *fake) expect(typ wire.Type) *wire.Message {
+	f.t.Helper()
+	_ = f.ch.Conn().SetReadDeadline(time.Now().Add(patience))
+	m, err := f.ch.Recv()
+	if err != nil {
+		f.t.Fatalf("waiting for %s: %v", typ, err)
+	}
+	m.CloseSockets()
+	if m.Type != typ {
+		f.t.Fatalf("got %s %+v, want %s", m.Type, m, typ)
+	}
+	return m
+}
+
+// silent checks that nothing is on its way to the worker, after everything that
+// the supervisor has to do has been done.
+func (u *unit) silent(f *fake) {
+	u.t.Helper()
+	u.settle(f)
+	_ = f.ch.Conn().SetReadDeadline(time.Now().Add(20 * time.Millisecond))
+	m, err := f.ch.Recv()
+	if err == nil {
+		u.t.Fatalf("got %s %+v, want nothing", m.Type, m)
+	}
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		u.t.Fatal(err)
+	}
+}
+
+// settle returns when what a worker sent has been handled.
+func (u *unit) settle(f *fake) {
+	u.t.Helper()
+	f.send(&wire.Message{Type: wire.TypePong})
+	u.until(func() bool { return true })
+}
+
+// until waits for a condition in the ledger's goroutine.
+func (u *unit) until(cond func() bool) {
+	u.t.Helper()
+	deadline := time.Now().Add(patience)
+	for {
+		ok := false
+		u.s.call(func() { ok = cond() })
+		if ok {
+			return
+		}
+		if time.Now().After(deadline) {
+			u.t.Fatal("the condition did not come true")
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// session admits a session and returns its id; it is given to whichever worker.
+func (u *unit) session(software bool) uint64 {
+	u.t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		u.t.Fatal(err)
+	}
+	defer func() { _ = ln.Close() }()
+	peer, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		u.t.Fatal(err)
+	}
+	c, err := ln.Accept()
+	if err != nil {
+		u.t.Fatal(err)
+	}
+	f, err := c.(*net.TCPConn).File()
+	if err != nil {
+		u.t.Fatal(err)
+	}
+	fd, err := dupFile(f)
+	if err != nil {
+		u.t.Fatal(err)
+	}
+	_, _ = f.Close(), c.Close()
+	a := &admission{fd: fd, software: software, facts: facts{Pool: "p", Peer: "test", Facts: []byte("facts")},
+		record: record{Record: []byte("initial record state")}}
+	var id uint64
+	u.s.call(func() {
+		u.s.admitSession(a)
+		for k := range u.s.sessions {
+			id = max(id, k)
+		}
+	})
+	u.peers[id] = peer
+	return id
+}
+
+// owned admits a session and has f adopt it.
+func (u *unit) owned(f *fake, software bool) wire.Ref {
+	u.t.Helper()
+	id := u.session(software)
+	m := f.expect(wire.TypeAdopt)
+	if len(m.Items) != 1 || m.Items[0].ID != id || string(m.Items[0].Cargo.Facts) != "facts" {
+		u.t.Fatalf("ADOPT %+v", m.Items)
+	}
+	ref := m.Items[0].Ref
+	f.send(&wire.Message{Type: wire.TypeAdopted, Refs: []wire.Ref{ref}})
+	if m = f.expect(wire.TypeResume); m.Refs[0] != ref {
+		u.t.Fatalf("RESUME %+v, want %+v", m.Refs, ref)
+	}
+	return ref
+}
+
+// owner is who owns a session by the ledger's shared memory.
+func (u *unit) owner(id uint64) (owner uint64, e entry) {
+	u.s.call(func() {
+		if ss := u.s.sessions[id]; ss != nil {
+			e, _, _ = u.s.led.get(ss.slot)
+			owner = e.Owner
+		}
+	})
+	return owner, e
+}
+
+func (u *unit) counters() (c struct{ moved, lost, interrupted, unknown, peer uint64 }) {
+	u.s.call(func() {
+		x := u.s.led.counters()
+		c.moved, c.lost, c.interrupted, c.unknown, c.peer = x.Moved, x.Lost, x.Interrupted, x.ClosedUnknown, x.ClosedByPeer
+	})
+	return c
+}
+
+// move begins to move everything from f to the workers of another generation.
+func (u *unit) retire(f *fake, serving uint32) {
+	u.s.call(func() {
+		u.pool.serving = serving
+		f.w.state = workerRetiring
+	})
+}
+
+func (u *unit) peerSeesEnd(id uint64) {
+	u.t.Helper()
+	_ = u.peers[id].SetReadDeadline(time.Now().Add(patience))
+	if _, err := u.peers[id].Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		u.t.Fatalf("the peer of a lost session sees %v, want the end", err)
+	}
+}
+
+func parkedItem(ref wire.Ref, record string) *wire.Message {
+	return &wire.Message{Type: wire.TypeParked, Items: []wire.Item{{Ref: ref, Cargo: wire.Cargo{Record: []byte(record), App: []byte("app")}}}}
+}
+
+func refs(r ...wire.Ref) []wire.Ref { return r }
+
+func closeFDs(fds []int) { sys.CloseAll(fds) }
