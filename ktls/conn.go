@@ -40,7 +40,6 @@ type Conn struct {
 	floods   floods
 	rxUsed   uint64 // of the key's limit, see usage
 	rxGen    uint64 // generations of the key since the handshake
-	rxAsked  bool   // we asked the peer for a new key
 	buffered atomic.Int64
 
 	wmu     sync.Mutex // writing
@@ -53,6 +52,7 @@ type Conn struct {
 
 	limit   uint64                // of use of one key, in 16-byte blocks; 0: none
 	owed    atomic.Uint32         // control records that the writing side must send
+	asked   atomic.Uint32         // KeyUpdates we requested and have not seen
 	fatal   atomic.Pointer[error] // ends both directions
 	closed  atomic.Bool           // by Close or Detach; set under dmu
 	dmu     sync.Mutex            // deadlines, which nobody changes once closed

@@ -97,8 +97,7 @@ func (c *Conn) handleData(n int) error {
 	case !c.layer.canRekey(), c.rxUsed > c.limit+c.limit/4:
 		// n was genuine and is given to the caller; the next Read says why no more.
 		_ = c.endCleanly(ErrKeyLimit)
-	case !c.rxAsked:
-		c.rxAsked = true
+	case c.asked.Load() == 0:
 		c.owed.Or(owedAsk)
 	}
 	return nil
@@ -233,8 +232,12 @@ func (c *Conn) handleKeyUpdate(request byte) error {
 	if err := c.layer.rekeyRead(); err != nil {
 		return c.fail(alertInternalError, fmt.Sprintf("next receiving key: %v", err))
 	}
-	c.rxUsed, c.rxAsked = 0, false
+	c.rxUsed = 0
 	c.rxGen++
+	if c.asked.Load() > 0 {
+		c.asked.Add(^uint32(0))
+		c.floods.handshakes-- // we wanted it
+	}
 	if request == 1 {
 		// Several requests before the answer is out get one answer (section 4.6.3).
 		c.owed.Or(owedUpdate)
@@ -346,6 +349,9 @@ func (c *Conn) sendKeyUpdate(request, wait bool) (taken bool, err error) {
 	}
 	c.txUsed = 0
 	c.txGen++
+	if request {
+		c.asked.Add(1)
+	}
 	return true, err
 }
 

@@ -93,6 +93,8 @@ func (r *record) check(f *facts) error {
 		return ErrQueueFull
 	case len(r.Hand) > maxHandshakeMessage+maxPlaintext:
 		return errors.New("half handshake message too long")
+	case r.Asked > 1<<20:
+		return fmt.Errorf("%d requested KeyUpdates", r.Asked)
 	case r.RXEnd > endFIN || r.TXEnd > endFIN:
 		return errors.New("unknown end of a direction")
 	case r.Owed&^(owedUpdate|owedAsk|owedNoReneg) != 0:
@@ -147,7 +149,7 @@ func (r *record) restore(c *Conn) {
 		c.werr = errWriteClosed
 	}
 	c.owed.Store(r.Owed)
-	c.rxAsked = r.Asked
+	c.asked.Store(r.Asked)
 	c.rxUsed, c.txUsed, c.rxGen, c.txGen = r.RXUsed, r.TXUsed, r.RXGen, r.TXGen
 	c.floods = floods{r.Empties, r.Warnings, r.Handshakes}
 	c.noteBuffered()

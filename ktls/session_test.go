@@ -201,11 +201,11 @@ func duplicate(t testing.TB, sock Socket) *os.File {
 	return f
 }
 
-// smallBuffers makes a socket pair full after a few KiB.
+// smallBuffers makes a socket pair full soon.
 func (s *scripted) smallBuffers() {
-	_ = s.c.SetReadBuffer(4 << 10)
+	_ = s.c.SetReadBuffer(32 << 10)
 	if tc, ok := s.conn.sock.(*net.TCPConn); ok {
-		_ = tc.SetWriteBuffer(4 << 10)
+		_ = tc.SetWriteBuffer(32 << 10)
 	}
 }
 

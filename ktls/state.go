@@ -94,7 +94,7 @@ type record struct {
 	RXEnd  ending `cbor:"14,keyasint,omitempty"`
 	TXEnd  ending `cbor:"15,keyasint,omitempty"`
 	Owed   uint32 `cbor:"16,keyasint,omitempty"`
-	Asked  bool   `cbor:"17,keyasint,omitempty"`
+	Asked  uint32 `cbor:"17,keyasint,omitempty"`
 	RXUsed uint64 `cbor:"18,keyasint,omitempty"`
 	TXUsed uint64 `cbor:"19,keyasint,omitempty"`
 	RXGen  uint64 `cbor:"20,keyasint,omitempty"`
@@ -160,7 +160,7 @@ func (c *Conn) Detach() (Socket, *State, error) {
 		V: recordVersion, ID: c.facts.ID, Layer: c.layer.kind(),
 		Raw: st.raw, Plain: st.plain, Sealed: st.sealed, Ctl: st.ctl, CtlTyp: st.typ,
 		Unread: slices.Clone(c.unread), Queued: c.queued, Hand: slices.Clone(c.hand),
-		RXEnd: c.rxEnd, TXEnd: c.txEnd, Owed: c.owed.Load(), Asked: c.rxAsked,
+		RXEnd: c.rxEnd, TXEnd: c.txEnd, Owed: c.owed.Load(), Asked: c.asked.Load(),
 		RXUsed: c.rxUsed, TXUsed: c.txUsed, RXGen: c.rxGen, TXGen: c.txGen,
 		Wire: st.wire, WireSeq: st.wireSeq,
 		Empties: c.floods.empties, Warnings: c.floods.warnings, Handshakes: c.floods.handshakes,

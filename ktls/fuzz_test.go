@@ -1,0 +1,151 @@
+package ktls
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"testing"
+	"time"
+)
+
+// FuzzRecords lets the fuzzer write the peer's records: pairs of a type and a
+// length, the content, all sealed properly. The session must deliver exactly the
+// data, and end with an error that Conn documents.
+func FuzzRecords(f *testing.F) {
+	f.Add([]byte("\x17\x05hello\x15\x02\x01\x00"), uint8(0), uint8(3))
+	f.Add([]byte("\x16\x05\x18\x00\x00\x01\x01\x17\x01x"), uint8(1), uint8(5))
+	f.Add([]byte("\x16\x03\x18\x00\x00\x16\x02\x01\x00\x17\x00"), uint8(2), uint8(1))
+	f.Add([]byte("\x16\x04\x01\x00\x00\x00\x17\x01y"), uint8(3), uint8(200))
+	f.Fuzz(func(t *testing.T, script []byte, suite, readSize uint8) {
+		tc := testSuites[int(suite)%len(testSuites)]
+		s := newScripted(t, LayerSoftware, tc.version, tc.suite)
+		var stream, want []byte
+		ended := false
+		for len(script) >= 2 {
+			typ, n := recordType(script[0]), min(int(script[1]), len(script)-2)
+			content := script[2 : 2+n]
+			script = script[2+n:]
+			stream = append(stream, s.seal(typ, content)...)
+			if typ == typeData && !ended {
+				want = append(want, content...)
+			} else if typ != typeData {
+				ended = true // perhaps; then want is a lower bound no more
+			}
+			if tc.version == v13 && typ == typeHandshake && bytes.Equal(content, []byte(updateOnly)) {
+				s.rekeyOut()
+			}
+		}
+		if _, err := s.c.Write(stream); err != nil {
+			t.Fatal(err)
+		}
+		_ = s.c.CloseWrite()
+		var got []byte
+		buf := make([]byte, int(readSize)+1)
+		for {
+			n, err := s.conn.Read(buf)
+			got = append(got, buf[:n]...)
+			if err == nil {
+				continue
+			}
+			var alert *AlertError
+			if !errors.Is(err, io.EOF) && !errors.Is(err, ErrTruncated) && !errors.As(err, &alert) {
+				t.Fatalf("Read: %v", err)
+			}
+			break
+		}
+		if !bytes.HasPrefix(got, want) && !bytes.HasPrefix(want, got) {
+			t.Fatalf("read %q, sent %q", got, want)
+		}
+	})
+}
+
+// FuzzStream feeds raw bytes to a session's parser, in pieces.
+func FuzzStream(f *testing.F) {
+	f.Add([]byte("\x17\x03\x03\x00\x20"), uint8(1))
+	f.Add([]byte("GET / HTTP/1.1\r\n\r\n"), uint8(4))
+	f.Add([]byte("\x15\x03\x03\x00\x02\x01\x00"), uint8(7))
+	f.Fuzz(func(t *testing.T, stream []byte, step uint8) {
+		s := newScripted(t, LayerSoftware, v13, gcm)
+		go func() {
+			for len(stream) > 0 {
+				n := min(int(step)+1, len(stream))
+				if _, err := s.c.Write(stream[:n]); err != nil {
+					return
+				}
+				stream = stream[n:]
+			}
+			_ = s.c.CloseWrite()
+		}()
+		if n, err := s.conn.Read(make([]byte, 100)); n != 0 || err == nil || err == io.EOF {
+			t.Fatalf("bytes that nobody sealed: %d, %v", n, err)
+		}
+	})
+}
+
+// FuzzWire checks the handshake wrapper: whatever the peer sends and however
+// crypto/tls asks, it gets the same bytes, and none past the record it is in.
+func FuzzWire(f *testing.F) {
+	f.Add([]byte("\x16\x03\x01\x00\x05hello\x14\x03\x03\x00\x01\x01\x17\x03\x03\x00\x02xx"), uint8(16), false)
+	f.Add([]byte("\x16\x03\x03\x00\x2a\x02\x00\x00\x26\x03\x03"), uint8(3), true)
+	f.Add([]byte("\x16\x03\x03\x00\x00\x16\x03\x03\x00\x00"), uint8(255), true)
+	f.Fuzz(func(t *testing.T, stream []byte, size uint8, client bool) {
+		in := &countingConn{r: bytes.NewReader(stream)}
+		w := &wire{Conn: in, client: client}
+		var got []byte
+		buf := make([]byte, int(size)+1)
+		boundary := 0 // where the record ends that got is in
+		for {
+			if len(got) == boundary {
+				boundary += recordHeaderLen
+			}
+			n, err := w.Read(buf)
+			got = append(got, buf[:n]...)
+			if len(got) == boundary && boundary >= recordHeaderLen && boundary <= len(stream) {
+				boundary += atHeader(stream, boundary)
+			}
+			if in.read != len(got) {
+				t.Fatalf("took %d bytes off the connection and gave %d", in.read, len(got))
+			}
+			if len(got) > boundary {
+				t.Fatalf("gave %d bytes, the record ends at %d", len(got), boundary)
+			}
+			if err != nil {
+				break
+			}
+		}
+		if !bytes.Equal(got, stream) {
+			t.Fatalf("gave %q of %q", got, stream)
+		}
+		w.wipe()
+	})
+}
+
+// atHeader is the length of the body that follows the header which ends at end,
+// or 0 when end is not the end of a header.
+func atHeader(stream []byte, end int) int {
+	pos := 0
+	for pos+recordHeaderLen <= len(stream) {
+		n := int(stream[pos+3])<<8 | int(stream[pos+4])
+		if pos+recordHeaderLen == end {
+			return n
+		}
+		pos += recordHeaderLen + n
+	}
+	return 0
+}
+
+// countingConn counts the bytes that were taken.
+type countingConn struct {
+	net.Conn
+	r    io.Reader
+	read int
+}
+
+func (c *countingConn) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.read += n
+	return n, err
+}
+
+func (c *countingConn) SetDeadline(time.Time) error { return nil }
