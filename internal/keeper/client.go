@@ -65,10 +65,10 @@ func Attach(fd int) (*Client, error) {
 	}
 	c.send <- struct{}{}
 	go c.read()
-	pidfd, err := sys.OwnPidfd()
+	pidfd, err := sys.PidfdOpen(os.Getpid())
 	if err != nil {
 		_ = c.Close()
-		return nil, fmt.Errorf("attach to the keeper: %w", err)
+		return nil, fmt.Errorf("attach to the keeper: pidfd of this process (needs Linux 5.3): %w", err)
 	}
 	defer sys.CloseAll([]int{pidfd})
 	ctx, cancel := context.WithTimeout(context.Background(), attachLimit)

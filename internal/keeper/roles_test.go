@@ -449,7 +449,7 @@ func (s *supervisor) raw(ctx context.Context, cmd command) (int, error) {
 		return 0, err
 	}
 	if cmd.Code != 1 {
-		pidfd, err := sys.OwnPidfd()
+		pidfd, err := sys.PidfdOpen(os.Getpid())
 		if err != nil {
 			return 0, err
 		}

@@ -78,16 +78,6 @@ func ReapDead() (pid, code int, ok bool) {
 	}
 }
 
-// OwnPidfd returns a pidfd of the calling process, close-on-exec, which the
-// caller owns.
-func OwnPidfd() (int, error) {
-	fd, err := unix.PidfdOpen(os.Getpid(), 0)
-	if err != nil {
-		return -1, fmt.Errorf("pidfd of this process (needs Linux 5.3): %w", err)
-	}
-	return fd, nil
-}
-
 // ErrNotPidfd reports a descriptor that is something else than a pidfd.
 var ErrNotPidfd = errors.New("the descriptor is not a pidfd")
 
@@ -144,7 +134,7 @@ func (w *ExitWatch) Wait() error {
 	var perr error
 	err := w.rc.Read(func(fd uintptr) bool {
 		var dead bool
-		dead, perr = readable(int(fd))
+		dead, perr = Readable(int(fd))
 		return dead || perr != nil
 	})
 	if w.closed.Load() {
@@ -156,7 +146,7 @@ func (w *ExitWatch) Wait() error {
 // Dead reports whether the process is dead by now.
 func (w *ExitWatch) Dead() bool {
 	var dead bool
-	err := w.rc.Control(func(fd uintptr) { dead, _ = readable(int(fd)) })
+	err := w.rc.Control(func(fd uintptr) { dead, _ = Readable(int(fd)) })
 	return err == nil && dead
 }
 
@@ -164,7 +154,7 @@ func (w *ExitWatch) Dead() bool {
 func (w *ExitWatch) Kill() error {
 	var kerr error
 	err := w.rc.Control(func(fd uintptr) {
-		kerr = unix.PidfdSendSignal(int(fd), unix.SIGKILL, nil, 0)
+		kerr = PidfdSendSignal(int(fd), unix.SIGKILL)
 	})
 	if errors.Is(kerr, unix.ESRCH) {
 		kerr = nil
@@ -176,23 +166,6 @@ func (w *ExitWatch) Kill() error {
 func (w *ExitWatch) Close() error {
 	w.closed.Store(true)
 	return w.f.Close()
-}
-
-func readable(fd int) (bool, error) {
-	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	for {
-		n, err := unix.Poll(p, 0)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return false, fmt.Errorf("poll: %w", err)
-		}
-		if p[0].Revents&unix.POLLNVAL != 0 {
-			return false, fmt.Errorf("poll: %w", unix.EBADF)
-		}
-		return n > 0, nil
-	}
 }
 
 // ReopenPipe opens the pipe behind fd again for reading: a second, non-blocking
