@@ -2,6 +2,7 @@ package keeper
 
 import (
 	"fmt"
+	"os"
 	"runtime"
 	"strings"
 	"testing"
@@ -147,6 +148,20 @@ func TestSupervisorOutOfDescriptors(t *testing.T) {
 	}
 	s.ok(command{Op: "nofile", N: 2000})
 	wantFound(t, s.ok(command{Op: "get", Kind: KindSocket}).Found, all)
+}
+
+// A user without privileges may have only so many descriptors in flight between
+// processes (ETOOMANYREFS): a large put then goes slower.
+func TestDescriptorsInFlight(t *testing.T) {
+	if os.Geteuid() == 0 {
+		t.Skip("root may have any number of descriptors in flight")
+	}
+	w := startKeeper(t, keeperConfig{})
+	s := w.lead()
+	s.ok(command{Op: "nofile", N: 100})
+	base := w.fds()
+	s.ok(command{Op: "put-one-fd-often", Kind: KindSocket, Count: 3000, Tag: "x"})
+	w.wantFDs(base + 3000)
 }
 
 // The keeper is never restarted, so what an entry costs it matters.
