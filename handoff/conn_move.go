@@ -53,11 +53,18 @@ func (c *Conn) thaw() {
 	}
 }
 
-// begin readies the Conn for a run of the handler.
+// begin readies the Conn for a run of the handler. Without a new barrier it keeps
+// one that has not opened: some member's handler has not come so far yet.
 func (c *Conn) begin(b *barrier) {
+	if b != nil {
+		c.leaveBarrier()
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.told, c.holds, c.barrier = false, 0, b
+	c.told, c.holds = false, 0
+	if b != nil {
+		c.barrier = b
+	}
 	c.rdl, c.wdl = time.Time{}, time.Time{}
 	if c.moving {
 		c.moving = false

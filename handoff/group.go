@@ -92,6 +92,7 @@ type batch struct {
 	members  map[uint64]*session
 	last     bool // FREEZE with Last has come
 	stage    batchStage
+	complete bool   // all handlers have returned
 	busy     bool   // FreezeGroup or AdoptGroup runs
 	called   bool   // FreezeGroup gave blob; AdoptGroup has to take it back
 	blob     []byte // the group's state
@@ -132,7 +133,7 @@ func (w *worker) advance(b *batch) {
 			w.dropBatch(b)
 			return
 		}
-		b.stage = batchFreezing
+		b.stage, b.complete = batchFreezing, true
 		w.freezeGroup(b)
 	case batchExporting:
 		switch {
@@ -270,16 +271,20 @@ func (w *worker) adoptBack(b *batch) {
 	}()
 }
 
-// release lets the members of an undone attempt go on, behind a barrier.
+// release lets the members of an undone attempt go on. When all of their handlers
+// had returned, they start behind a barrier of their own. Otherwise the group's state
+// was not touched, and the barrier of the last move, if it has not opened, still
+// tells who has come back to the group and who has not.
 func (w *worker) release(b *batch) {
 	delete(w.batches, b.group)
-	var conns []*Conn
-	for _, s := range b.members {
-		if s.phase != phaseRunning {
+	var bar *barrier
+	if b.complete {
+		conns := make([]*Conn, 0, len(b.members))
+		for _, s := range b.members {
 			conns = append(conns, s.conn)
 		}
+		bar = w.newBarrier(b.group, conns)
 	}
-	bar := w.newBarrier(b.group, conns)
 	members := b.members
 	b.members = nil
 	for _, s := range members {
@@ -288,7 +293,12 @@ func (w *worker) release(b *batch) {
 			s.conn.thaw()
 			continue
 		}
-		s.barrier = bar
+		if bar != nil {
+			if s.barrier != nil {
+				s.barrier.leave(s.conn)
+			}
+			s.barrier = bar
+		}
 		w.step(s)
 	}
 	w.replay(b)

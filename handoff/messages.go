@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
@@ -314,19 +315,23 @@ func (w *worker) freeze(m *wire.Message) {
 // supervisor that starts a new attempt has given up the old one, which has to be
 // undone first. A group of which PARKED was sent is only undone for all its members.
 func (w *worker) deferFreeze(m *wire.Message) bool {
+	var earlier []*batch
 	for _, r := range m.Refs {
 		s := w.sessions[r.ID]
 		if s == nil || s.batch == nil || r.Epoch <= s.seen {
 			continue
 		}
-		b := s.batch
-		if b.stage == batchParked {
-			b.thawed[s.id] = true
-			w.advance(b)
-		} else {
-			w.cancelBatch(b)
+		if s.batch.stage == batchParked {
+			s.batch.thawed[s.id] = true
 		}
-		if s.batch != nil {
+		if !slices.Contains(earlier, s.batch) {
+			earlier = append(earlier, s.batch)
+		}
+	}
+	for _, b := range earlier {
+		w.cancelBatch(b)
+		w.advance(b)
+		if w.batches[b.group] == b {
 			b.deferred = append(b.deferred, m)
 			return true
 		}

@@ -59,7 +59,7 @@ type session struct {
 	group   string
 	join    *join
 	batch   *batch   // the group's attempt that it belongs to
-	barrier *barrier // for the next run of the handler
+	barrier *barrier // for the next run of the handler; nil: the Conn's goes on
 	cancel  context.CancelFunc
 	frozen  bool // a FREEZE came during this run of the handler
 	kicked  bool // the operator closed it
@@ -108,9 +108,6 @@ func (w *worker) start(s *session) {
 				err = w.accident(c, recover())
 			}
 			cancel()
-			if b != nil {
-				b.leave(c)
-			}
 			w.in.post(func() {
 				w.handlers--
 				if s.phase == phaseRunning {
@@ -275,6 +272,7 @@ func (w *worker) leave(s *session) {
 		s.join = nil
 		j.done(net.ErrClosed)
 	}
+	s.conn.leaveBarrier()
 	if s.barrier != nil {
 		s.barrier.leave(s.conn)
 		s.barrier = nil
