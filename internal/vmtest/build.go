@@ -27,8 +27,8 @@ var guestEnv = []string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOFLAGS=
 
 // buildGuest compiles everything below root (the repository) into dir and writes
 // the shared archive. only, if not nil, selects packages by path; run, if not "",
-// replaces each package's own choice of tests.
-func buildGuest(ctx context.Context, root, dir string, only *regexp.Regexp, run string, say func(string, ...any)) (*Build, error) {
+// replaces each package's own choice of tests; shell is a static busybox.
+func buildGuest(ctx context.Context, root, dir, shell string, only *regexp.Regexp, run string, say func(string, ...any)) (*Build, error) {
 	tests, progs, err := present(ctx, root, only)
 	if err != nil {
 		return nil, err
@@ -70,6 +70,10 @@ func buildGuest(ctx context.Context, root, dir string, only *regexp.Regexp, run 
 	a.bytes("etc/group", 0o644, []byte("root:x:0:\nnogroup:x:65534:\n"))
 	a.bytes("etc/hosts", 0o644, []byte("127.0.0.1 localhost\n::1 localhost\n"))
 	a.file("init", 0o755, filepath.Join(bin, "init"))
+	a.file(shellFile, 0o755, shell)
+	for _, name := range shellLinks {
+		a.link("bin/"+name, "busybox")
+	}
 	for _, p := range progs {
 		a.file("bin/"+path.Base(p), 0o755, filepath.Join(bin, path.Base(p)))
 	}

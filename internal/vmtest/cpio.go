@@ -31,6 +31,7 @@ const (
 	modeDir     = 0o040000
 	modeRegular = 0o100000
 	modeDevice  = 0o020000
+	modeLink    = 0o120000
 )
 
 // dir adds a directory and those above it, once.
@@ -88,6 +89,14 @@ func (a *archive) device(name string, perm uint32, major, minor int) {
 	a.header(clean(name), modeDevice|perm, 0, major, minor)
 }
 
+// link adds a symbolic link to target.
+func (a *archive) link(name, target string) {
+	a.dir(path.Dir(clean(name)))
+	a.header(clean(name), modeLink|0o777, int64(len(target)), 0, 0)
+	a.write([]byte(target))
+	a.pad()
+}
+
 // close ends the archive and returns the first error of all. It does not close
 // the writer.
 func (a *archive) close() error {
@@ -106,7 +115,7 @@ func (a *archive) header(name string, mode uint32, size int64, major, minor int)
 	}
 	a.ino++
 	links := 1
-	if mode&modeDir != 0 {
+	if mode&^0o7777 == modeDir {
 		links = 2
 	}
 	a.write(fmt.Appendf(nil, "070701%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%s\x00",

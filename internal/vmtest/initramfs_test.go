@@ -120,6 +120,7 @@ func TestArchive(t *testing.T) {
 	a.bytes("etc/deep/er/x", 0o600, []byte("123"))
 	a.bytes("etc/empty", 0o644, nil)
 	a.device("dev/console", 0o600, 5, 1)
+	a.link("bin/sh", "busybox")
 	a.tree("/src", dir)
 	if err := a.close(); err != nil {
 		t.Fatal(err)
@@ -138,6 +139,8 @@ func TestArchive(t *testing.T) {
 		"etc/deep/er":       {0o040755, ""},
 		"etc/deep/er/x":     {0o100600, "123"},
 		"etc/empty":         {0o100644, ""},
+		"bin":               {0o040755, ""},
+		"bin/sh":            {0o120777, "busybox"},
 		"dev":               {0o040755, ""},
 		"dev/console":       {0o020600, ""},
 		"src":               {0o040755, ""},

@@ -48,6 +48,10 @@ func Run(ctx context.Context, o Options) ([]*BootResult, error) {
 	if err != nil {
 		return nil, err
 	}
+	shell, err := o.Cache.Shell(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%w: a shell for the guest: %w", ErrNoGuests, err)
+	}
 	dir, err := os.MkdirTemp("", "ktlsvisor-vmtest-")
 	if err != nil {
 		return nil, err
@@ -57,7 +61,7 @@ func Run(ctx context.Context, o Options) ([]*BootResult, error) {
 	} else {
 		defer func() { _ = os.RemoveAll(dir) }()
 	}
-	build, err := buildGuest(ctx, o.Root, dir, o.Packages, o.Run, o.Say)
+	build, err := buildGuest(ctx, o.Root, dir, shell, o.Packages, o.Run, o.Say)
 	if err != nil {
 		return nil, err
 	}
