@@ -20,6 +20,7 @@ func FuzzRecords(f *testing.F) {
 	f.Fuzz(func(t *testing.T, script []byte, suite, readSize uint8) {
 		tc := testSuites[int(suite)%len(testSuites)]
 		s := newScripted(t, LayerSoftware, tc.version, tc.suite)
+		defer s.reset()
 		var stream, want []byte
 		ended := false
 		for len(script) >= 2 {
@@ -60,6 +61,13 @@ func FuzzRecords(f *testing.F) {
 	})
 }
 
+// reset closes the peer's end without leaving a TIME_WAIT behind: a fuzzer would
+// use up all ports.
+func (s *scripted) reset() {
+	_ = s.c.SetLinger(0)
+	_ = s.c.Close()
+}
+
 // FuzzStream feeds raw bytes to a session's parser, in pieces.
 func FuzzStream(f *testing.F) {
 	f.Add([]byte("\x17\x03\x03\x00\x20"), uint8(1))
@@ -67,6 +75,7 @@ func FuzzStream(f *testing.F) {
 	f.Add([]byte("\x15\x03\x03\x00\x02\x01\x00"), uint8(7))
 	f.Fuzz(func(t *testing.T, stream []byte, step uint8) {
 		s := newScripted(t, LayerSoftware, v13, gcm)
+		defer s.reset()
 		go func() {
 			for len(stream) > 0 {
 				n := min(int(step)+1, len(stream))

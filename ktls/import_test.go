@@ -237,6 +237,7 @@ func FuzzImport(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, facts, rec []byte) {
 		c, s := tcpPair(t)
+		defer func() { _, _ = c.SetLinger(0), c.Close() }()
 		_, _ = c.Write([]byte("\x17\x03\x03\x00\x13garbage that is no record"))
 		_ = c.CloseWrite()
 		conn, err := Import(s, facts, rec)

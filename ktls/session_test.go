@@ -1,6 +1,7 @@
 package ktls
 
 import (
+	"context"
 	"crypto/rand"
 	"crypto/tls"
 	"errors"
@@ -210,3 +211,16 @@ func (s *scripted) smallBuffers() {
 }
 
 var past = time.Unix(1, 0)
+
+// listenTCP listens on the loopback without multipath TCP.
+func listenTCP(t testing.TB) *net.TCPListener {
+	t.Helper()
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	ln, err := lc.Listen(context.Background(), "tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = ln.Close() })
+	return ln.(*net.TCPListener)
+}

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/vmtest/guest"
 )
 
 // Random traffic both ways with a stock client, while the session moves again and
@@ -26,7 +28,7 @@ func TestTrafficAcrossMoves(t *testing.T) {
 				conn, peer := connect(t, &Config{TLS: testServerTLS(t), Mode: modeOf(layer)}, client)
 
 				total, moves := 2<<20, 0
-				if layer == LayerKernel {
+				if guest.InGuest() {
 					total = 256 << 10
 				}
 				data := make([]byte, total)
