@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -45,8 +46,9 @@ func PacketPair() (a, b int, err error) {
 // does not read cannot pin a thread. One goroutine may receive while another
 // sends.
 type PacketConn struct {
-	f  *os.File
-	rc syscall.RawConn
+	f      *os.File
+	rc     syscall.RawConn
+	closed atomic.Bool
 }
 
 // NewPacketConn takes ownership of fd, also when it fails.
@@ -69,7 +71,19 @@ func NewPacketConn(fd int) (*PacketConn, error) {
 }
 
 // Close closes the socket; a pending Recv or Send returns os.ErrClosed.
-func (c *PacketConn) Close() error { return c.f.Close() }
+func (c *PacketConn) Close() error {
+	c.closed.Store(true)
+	return c.f.Close()
+}
+
+// rawError makes os.ErrClosed of what a RawConn says after Close, which is an error
+// internal to package os.
+func (c *PacketConn) rawError(err error) error {
+	if err != nil && c.closed.Load() {
+		return os.ErrClosed
+	}
+	return err
+}
 
 // Dup returns a close-on-exec duplicate of the descriptor, which the caller owns.
 func (c *PacketConn) Dup() (fd int, err error) {
@@ -102,7 +116,7 @@ func (c *PacketConn) Recv(buf []byte) (n int, fds []int, err error) {
 		return !errors.Is(err, unix.EAGAIN)
 	})
 	if rerr != nil {
-		return 0, nil, rerr
+		return 0, nil, c.rawError(rerr)
 	}
 	if err != nil {
 		if errors.Is(err, unix.ECONNRESET) {
@@ -185,7 +199,7 @@ func (c *PacketConn) send(p []byte, fds []int, wait bool) error {
 		return !wait || !errors.Is(err, unix.EAGAIN)
 	})
 	if werr != nil {
-		return werr
+		return c.rawError(werr)
 	}
 	if err != nil {
 		return fmt.Errorf("sendmsg (%d bytes, %d descriptors): %w", len(p), len(fds), err)
