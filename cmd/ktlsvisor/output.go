@@ -52,6 +52,15 @@ func clean(s string) string {
 	}, s)
 }
 
+// shorten cuts a text to at most n characters; the JSON form has all of it.
+func shorten(s string, n int) string {
+	r := []rune(s)
+	if len(r) <= n {
+		return s
+	}
+	return string(r[:n-1]) + "…"
+}
+
 // orDash stands in for nothing, so that columns can be counted.
 func orDash(s string) string {
 	if s == "" {

@@ -85,7 +85,7 @@ func kernelText(k admin.KernelStatus) string {
 		text += ": no kernel TLS; the software layer is used"
 	}
 	if k.Reason != "" {
-		text += " (" + k.Reason + ")"
+		text += ": " + k.Reason
 	}
 	return text
 }
@@ -157,7 +157,7 @@ func printSessions(w io.Writer, list []admin.Session) {
 		}
 		rows = append(rows, []string{
 			s.ID, s.Peer, s.Pool, worker, s.Phase, s.Layer, s.Version, s.Suite,
-			orDash(s.ServerName), orDash(s.ALPN), age(s.AgeSeconds), fmt.Sprint(s.Moves), s.Reason,
+			orDash(s.ServerName), orDash(s.ALPN), age(s.AgeSeconds), fmt.Sprint(s.Moves), shorten(s.Reason, 32),
 		})
 	}
 	table(w, rows)

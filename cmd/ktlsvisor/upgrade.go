@@ -177,15 +177,17 @@ func printUpgrade(w io.Writer, rep *admin.UpgradeReport) {
 	if len(rep.Pools) > 0 {
 		table(w, rows)
 	}
+	said := false
 	for _, p := range rep.Pools {
 		if p.Error != "" {
+			said = said || p.Error == rep.Error
 			fmt.Fprintf(w, "pool %s: %s\n", clean(p.Pool), clean(p.Error))
 		}
 		for _, r := range slices.Sorted(maps.Keys(p.Reasons)) {
 			fmt.Fprintf(w, "pool %s: %d × %s\n", clean(p.Pool), p.Reasons[r], clean(r))
 		}
 	}
-	if rep.Error != "" {
+	if rep.Error != "" && !said {
 		fmt.Fprintln(w, clean(rep.Error))
 	}
 	fmt.Fprintf(w, "%s (%.2f s)\n", outcomeText(rep.Outcome), rep.DurationSecs)
