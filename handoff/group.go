@@ -329,7 +329,7 @@ func (w *worker) replay(b *batch) {
 func (w *worker) newBarrier(group string, conns []*Conn) *barrier {
 	limit := flushTime
 	if w.welcome != nil && w.welcome.FreezeTimeout > 0 {
-		limit = time.Duration(w.welcome.FreezeTimeout) * time.Millisecond
+		limit = millis(w.welcome.FreezeTimeout)
 	}
 	return newBarrier(conns, limit, func(missing int) {
 		w.log.Warn("members of a moved group did not ask for input in time; the others go on", "group", group, "missing", missing)

@@ -8,8 +8,11 @@ import (
 	"io"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/go-hclog"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/vmtest/guest"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
@@ -272,6 +275,7 @@ func TestGroupExactlyOnce(t *testing.T) {
 	}
 	apps := [2]*rooms{newRooms(), newRooms()}
 	var procs [2]*proc
+	var said atomic.Int64
 	for i, app := range apps {
 		var mu sync.Mutex
 		rnd := rand.New(rand.NewPCG(uint64(i), 5))
@@ -281,7 +285,7 @@ func TestGroupExactlyOnce(t *testing.T) {
 			mu.Unlock()
 			<-time.After(d)
 		}
-		procs[i] = startProc(t, app.serve, WithGroups(app))
+		procs[i] = startProc(t, app.serve, WithGroups(app), WithLogger(logTo(t, hclog.Warn, &said)))
 	}
 	g := &group{t: t}
 	ids := map[uint64]int{}
@@ -348,6 +352,9 @@ func TestGroupExactlyOnce(t *testing.T) {
 	}
 	<-over
 	t.Logf("%d moves, %d called off", moves, undone)
+	if said.Load() > 0 {
+		t.Error("the workers had something to complain about")
+	}
 	g.move(procs[at], procs[1-at])
 	at = 1 - at
 	for i, app := range apps {

@@ -52,14 +52,18 @@ type proc struct {
 	stash []*wire.Message
 }
 
-// logTo gives a logger that fails nothing and shows up with -v.
-func logTo(t *testing.T) hclog.Logger {
-	return hclog.New(&hclog.LoggerOptions{Level: hclog.Debug, Output: testWriter{t}, DisableTime: true})
+// logTo gives a logger that writes to the test's log and counts lines.
+func logTo(t *testing.T, level hclog.Level, lines *atomic.Int64) hclog.Logger {
+	return hclog.New(&hclog.LoggerOptions{Level: level, Output: testWriter{t, lines}, DisableTime: true})
 }
 
-type testWriter struct{ t *testing.T }
+type testWriter struct {
+	t     *testing.T
+	lines *atomic.Int64
+}
 
 func (w testWriter) Write(p []byte) (int, error) {
+	w.lines.Add(1)
 	w.t.Log(strings.TrimRight(string(p), "\n"))
 	return len(p), nil
 }

@@ -33,7 +33,7 @@ func (w *worker) handle(m *wire.Message) error {
 		if m.Drain {
 			w.draining = true
 		} else {
-			w.stop(time.Duration(m.Millis) * time.Millisecond)
+			w.stop(millis(m.Millis))
 		}
 		return nil
 	}
@@ -81,6 +81,11 @@ func (w *worker) handle(m *wire.Message) error {
 		return fmt.Errorf("%w: %s is not for a worker", wire.ErrProtocol, m.Type)
 	}
 	return nil
+}
+
+// millis is a time limit of the supervisor's, at most about 11 days.
+func millis(n int64) time.Duration {
+	return time.Duration(min(max(n, 0), 1e9)) * time.Millisecond
 }
 
 // stale notes a message about a session or an attempt that is over, which is normal:

@@ -168,6 +168,9 @@ func (w *worker) receive(msgs chan<- *wire.Message) {
 			w.in.post(func() { w.descriptorsLost(lost.Message, err) })
 			continue
 		}
+		if errors.Is(err, os.ErrClosed) {
+			return // our own doing
+		}
 		if err != nil {
 			w.in.post(func() { w.lost(err) })
 			return
