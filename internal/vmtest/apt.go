@@ -125,7 +125,31 @@ func runQuietly(cmd *exec.Cmd) (string, error) {
 		if len(text) > 2000 {
 			text = "…" + text[len(text)-2000:]
 		}
-		return "", fmt.Errorf("%s: %w\n%s", strings.Join(cmd.Args, " "), err, text)
+		return "", fmt.Errorf("%s %s: %w: %s\n%s", filepath.Base(cmd.Path), verb(cmd.Args), err, complaint(text), text)
 	}
 	return out.String(), nil
+}
+
+// verb is the first argument of a command line that is no option, nor an option's
+// file: what the command was to do.
+func verb(args []string) string {
+	for _, a := range args[1:] {
+		if !strings.HasPrefix(a, "-") && !strings.HasPrefix(a, "/") {
+			return a
+		}
+	}
+	return ""
+}
+
+// complaint is the line of a command's output that says best why it failed: apt's
+// first error, else the last line.
+func complaint(text string) string {
+	last := ""
+	for line := range strings.Lines(text) {
+		last = strings.TrimSpace(line)
+		if strings.HasPrefix(last, "E: ") {
+			break
+		}
+	}
+	return last
 }

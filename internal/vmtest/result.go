@@ -125,15 +125,20 @@ func (b *BootResult) Finish(want []string, ended string) {
 		b.problem("the guest reported exit %d", b.code)
 	}
 	ran := map[string]bool{}
+	tests := 0
 	for i := range b.Packages {
 		p := &b.Packages[i]
 		ran[p.Package] = true
+		tests += len(p.Tests)
 		b.judge(p)
 	}
 	for _, pkg := range want {
 		if !ran[pkg] {
 			b.problem("%s did not run", pkg)
 		}
+	}
+	if tests == 0 {
+		b.problem("no test ran")
 	}
 }
 

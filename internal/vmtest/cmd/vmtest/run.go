@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"strings"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/vmtest"
 )
@@ -30,7 +31,7 @@ func (c *command) run(ctx context.Context) int {
 	guests, err := vmtest.Run(ctx, c.options)
 	switch {
 	case errors.Is(err, vmtest.ErrNoGuests) && c.host && !c.ci:
-		fmt.Fprintf(c.stdout, "LEFT OUT: the tests on real kernels, because %v. Run them with: make vmtest\n", err)
+		fmt.Fprintf(c.stdout, "LEFT OUT: the tests on real kernels, because %s. Run them with: make vmtest\n", firstLine(err))
 	case err != nil:
 		fmt.Fprintf(c.stderr, "vmtest: %v\n", err)
 		sum.Failed++
@@ -58,6 +59,9 @@ func (c *command) run(ctx context.Context) int {
 	}
 	if sum.Failed > 0 || sum.Passed == 0 {
 		code = 1
+	}
+	if sum.Failed == 0 && sum.Passed == 0 {
+		fmt.Fprintln(c.stderr, "vmtest: not one test passed, which proves nothing; does -run or -pkg fit any?")
 	}
 	fmt.Fprintf(c.stdout, "%d passed, %d failed, %d skipped\n", sum.Passed, sum.Failed, sum.Skipped)
 	return code
@@ -88,4 +92,9 @@ func (c *command) nowhere(host *vmtest.HostResult, guests []*vmtest.BootResult) 
 		return vmtest.Counts{Failed: len(list)}
 	}
 	return vmtest.Counts{Skipped: len(list)}
+}
+
+func firstLine(err error) string {
+	line, _, _ := strings.Cut(err.Error(), "\n")
+	return line
 }
