@@ -120,7 +120,8 @@ func guestTest(t testPackage, binary, dir, run string) spec.Test {
 	return spec.Test{Package: t.path, Binary: binary, Dir: dir, Args: args, Seconds: int(limit / time.Second)}
 }
 
-// present returns the packages that have tests, and the programs that exist.
+// present returns the chosen packages that have tests, and the programs that they
+// want and that exist.
 func present(ctx context.Context, root string, only *regexp.Regexp) (tests []testPackage, progs []string, err error) {
 	out, err := goOutput(ctx, root, "list", "-e", "-f", "{{.ImportPath}} {{.Name}} {{len .TestGoFiles}} {{len .XTestGoFiles}}", "./...")
 	if err != nil {
@@ -143,13 +144,15 @@ func present(ctx context.Context, root string, only *regexp.Regexp) (tests []tes
 			mains = append(mains, rel)
 		}
 	}
+	wanted := false
 	for _, t := range testPackages {
 		if slices.Contains(withTests, t.path) && (only == nil || only.MatchString(t.path)) {
 			tests = append(tests, t)
+			wanted = wanted || t.progs
 		}
 	}
 	for _, p := range programs {
-		if slices.Contains(mains, p) {
+		if wanted && slices.Contains(mains, p) {
 			progs = append(progs, p)
 		}
 	}

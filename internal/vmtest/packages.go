@@ -8,6 +8,7 @@ type testPackage struct {
 	run   string        // -test.run, "" for all
 	skip  string        // -test.skip, besides hostOnly
 	limit time.Duration // for the whole binary; 0 means defaultLimit
+	progs bool          // its tests start the programs below
 }
 
 // hostOnly names the tests that no guest runs: those that need a compiler or
@@ -25,9 +26,9 @@ var testPackages = []testPackage{
 	{path: "ktls"},
 	{path: "internal/keeper"},
 	{path: "handoff"},
-	{path: "internal/demo"},
-	{path: "internal/e2e", limit: 5 * time.Minute},
+	{path: "internal/demo", progs: true},
+	{path: "internal/e2e", progs: true, limit: 5 * time.Minute},
 }
 
-// programs are built into every guest's /bin, once they exist.
+// programs are built into the /bin of a guest in which a package wants them.
 var programs = []string{"cmd/ktlsvisor", "examples/echo", "examples/chat"}

@@ -4,16 +4,17 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/vmtest/spec"
@@ -94,15 +95,21 @@ func (m machine) qemuArgs(k Kernel, initramfs, console string) []string {
 	}
 }
 
-// boot runs one guest and reads its results. on is called with each line of it.
-func (m machine) boot(ctx context.Context, k Kernel, initramfs, console string, on func(line string)) (*BootResult, string, error) {
-	ctx, cancel := context.WithTimeout(ctx, m.limit)
+// boot runs one guest and reads its results. on is called with each line of it. The
+// text says how the guest ended when it was not by itself.
+func (m machine) boot(run context.Context, k Kernel, initramfs, console string, on func(line string)) (*BootResult, string, error) {
+	ctx, cancel := context.WithTimeout(run, m.limit)
 	defer cancel()
 	program, err := findTool(qemu)
 	if err != nil {
 		return nil, "", err
 	}
 	cmd := exec.CommandContext(ctx, program, m.qemuArgs(k, initramfs, console)...)
+	// A guest must not outlive us. The signal comes when the thread that started it
+	// ends, so that thread is kept until then.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var said strings.Builder
 	cmd.Stderr = &said
 	out, err := cmd.StdoutPipe()
@@ -127,12 +134,12 @@ func (m machine) boot(ctx context.Context, k Kernel, initramfs, console string, 
 	waitErr := cmd.Wait()
 	b.Seconds = time.Since(start).Seconds()
 	switch {
-	case errors.Is(ctx.Err(), context.DeadlineExceeded):
-		return b, fmt.Sprintf("stopped after the time limit of a boot, %s", m.limit), nil
+	case run.Err() != nil:
+		return b, "interrupted", run.Err()
 	case readErr != nil:
 		return b, fmt.Sprintf("reading its results: %v", readErr), nil
 	case ctx.Err() != nil:
-		return b, "interrupted", ctx.Err()
+		return b, fmt.Sprintf("stopped after the time limit of a boot, %s", m.limit), nil
 	case waitErr != nil:
 		return b, fmt.Sprintf("QEMU failed: %v: %s", waitErr, strings.TrimSpace(said.String())), nil
 	}

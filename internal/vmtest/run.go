@@ -50,7 +50,7 @@ func Run(ctx context.Context, o Options) ([]*BootResult, error) {
 	}
 	shell, err := o.Cache.Shell(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("%w: a shell for the guest: %w", ErrNoGuests, err)
+		return nil, fmt.Errorf("%w: %w", ErrNoGuests, err)
 	}
 	dir, err := os.MkdirTemp("", "ktlsvisor-vmtest-")
 	if err != nil {
