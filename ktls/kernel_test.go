@@ -334,7 +334,7 @@ func TestKernelDeadlines(t *testing.T) {
 
 			out := pattern(4 << 20) // more than both socket buffers hold
 			_ = sock.SetWriteBuffer(64 << 10)
-			_ = sock.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+			_ = sock.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
 			n, err := l.write(out)
 			if !errors.Is(err, os.ErrDeadlineExceeded) || n == 0 || n == len(out) {
 				t.Fatalf("write into a full socket took %d of %d: %v", n, len(out), err)
@@ -360,65 +360,76 @@ func TestKernelDeadlines(t *testing.T) {
 func TestKernelDrainsBeforeShutdown(t *testing.T) {
 	guest.NeedKernelTLS(t)
 	for _, how := range []string{"same owner", "moved", "crashed"} {
-		for _, tc := range testSuites {
+		for _, i := range []int{0, 3, 5} { // the three lengths of a record
+			tc := testSuites[i]
 			t.Run(how+" "+suiteTestName(tc.version, tc.suite), func(t *testing.T) {
-				peer, l, sock := rawSession(t, tc.version, tc.suite, 1, 1)
-				_ = sock.SetWriteBuffer(32 << 10)
-				_ = peer.c.SetReadBuffer(16 << 10)
-				total := 0
-				// Until nothing more is taken, so that the last record is stuck half way.
-				for {
-					_ = sock.SetWriteDeadline(time.Now().Add(30 * time.Millisecond))
-					n, err := l.write(pattern(50_000))
-					total += n
-					if errors.Is(err, os.ErrDeadlineExceeded) && n == 0 {
-						break
-					} else if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-						t.Fatal(err)
-					}
-				}
-				_ = sock.SetWriteDeadline(time.Time{})
-				if how != "same owner" {
-					var st layerState
-					l.export(&st)
-					if st.wire == 0 {
-						t.Error("the position in the stream was not exported")
-					}
-					if how == "crashed" {
-						st.wire, st.wireSeq = 0, 0
-					}
-					var err error
-					if l, err = importKernelLayer(sock, params{version: tc.version, suite: tc.suite}, &st); err != nil {
-						t.Fatal(err)
-					}
-				}
-				received := make(chan int)
-				go func() {
-					n := 0
-					for {
-						typ, data, err := peer.next()
-						if err != nil || typ != typeData {
-							if typ != typeAlert || err != nil {
-								t.Errorf("the stream ended with type %d, %v, without close_notify", typ, err)
-							}
-							received <- n
-							return
-						}
-						n += len(data)
-					}
-				}()
-				_ = sock.SetWriteDeadline(time.Now().Add(testWait))
-				if taken, err := l.writeControl(typeAlert, []byte{1, 0}, true); !taken || err != nil {
-					t.Errorf("close_notify: taken %v, %v", taken, err)
-				}
-				if err := onFD(sock, sys.ShutdownBoth); err != nil {
-					t.Error(err)
-				}
-				if n := <-received; n != total {
-					t.Errorf("the peer got %d of %d bytes", n, total)
+				for range 8 {
+					drainOnce(t, params{version: tc.version, suite: tc.suite}, how)
 				}
 			})
 		}
+	}
+}
+
+func drainOnce(t *testing.T, p params, how string) {
+	// A small window makes TCP cut records into small segments, and a small buffer
+	// then has no room for all of them.
+	c, sock := tcpPairWindow(t, 4<<10)
+	_ = sock.SetWriteBuffer(4 << 10)
+	peer := keysFor(t, c, sock, p.version, p.suite, 1, 1)
+	l, err := newKernelLayer(sock, p, peer.in.direction(), peer.out.direction())
+	if err != nil {
+		t.Fatal(err)
+	}
+	total, _ := l.write([]byte("first"))
+	for {
+		// Until nothing more is taken, so that the last record is stuck half way.
+		_ = sock.SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
+		n, err := l.write(pattern(50_000))
+		total += n
+		if errors.Is(err, os.ErrDeadlineExceeded) && n == 0 {
+			break
+		} else if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatal(err)
+		}
+	}
+	_ = sock.SetWriteDeadline(time.Now().Add(testWait))
+	if how != "same owner" {
+		var st layerState
+		l.export(&st)
+		if st.wire == 0 {
+			t.Error("the position in the stream was not exported")
+		}
+		if how == "crashed" {
+			st.wire, st.wireSeq = 0, 0
+		}
+		if l, err = importKernelLayer(sock, p, &st); err != nil {
+			t.Fatal(err)
+		}
+	}
+	received := make(chan int)
+	go func() {
+		n := 0
+		for {
+			typ, data, err := peer.next()
+			if err != nil || typ != typeData {
+				if typ != typeAlert || err != nil {
+					t.Errorf("the stream ended with type %d, %v, without close_notify", typ, err)
+				}
+				received <- n
+				return
+			}
+			n += len(data)
+		}
+	}()
+	if taken, err := l.writeControl(typeAlert, []byte{1, 0}, true); !taken || err != nil {
+		t.Errorf("close_notify: taken %v, %v", taken, err)
+	}
+	if err := onFD(sock, sys.ShutdownBoth); err != nil {
+		t.Error(err)
+	}
+	if n := <-received; n != total {
+		t.Errorf("the peer got %d of %d bytes", n, total)
 	}
 }
 

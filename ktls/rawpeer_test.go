@@ -7,9 +7,11 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"syscall"
 	"testing"
 	"time"
 
@@ -226,21 +228,33 @@ func rawSession(t testing.TB, version, suite uint16, sendSeq, receiveSeq uint64)
 func unkeyedSession(t testing.TB, version, suite uint16, sendSeq, receiveSeq uint64) (*rawPeer, *net.TCPConn) {
 	t.Helper()
 	c, sock := tcpPair(t)
+	return keysFor(t, c, sock, version, suite, sendSeq, receiveSeq), sock
+}
+
+// keysFor makes keys for a connection and attaches kernel TLS at the server's end.
+func keysFor(t testing.TB, c, sock *net.TCPConn, version, suite uint16, sendSeq, receiveSeq uint64) *rawPeer {
+	t.Helper()
 	if err := attachKernel(sock); err != nil {
 		t.Fatal(err)
 	}
-	peer := &rawPeer{
+	return &rawPeer{
 		t: t, c: c, version: version,
 		out: newRawHalf(t, version, suite, receiveSeq),
 		in:  newRawHalf(t, version, suite, sendSeq),
 	}
-	return peer, sock
 }
 
 // testWait bounds every wait of a test for something that should happen at once.
 const testWait = 20 * time.Second
 
 func tcpPair(t testing.TB) (client, server *net.TCPConn) {
+	t.Helper()
+	return tcpPairWindow(t, 0)
+}
+
+// tcpPairWindow gives the client a receive buffer of the given size from the start,
+// so that the server's TCP makes small segments of what it is given.
+func tcpPairWindow(t testing.TB, window int) (client, server *net.TCPConn) {
 	t.Helper()
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false)
@@ -250,6 +264,14 @@ func tcpPair(t testing.TB) (client, server *net.TCPConn) {
 	}
 	defer func() { _ = l.Close() }()
 	d := net.Dialer{Timeout: testWait}
+	if window > 0 {
+		d.Control = func(_, _ string, rc syscall.RawConn) (err error) {
+			cerr := rc.Control(func(fd uintptr) {
+				err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, window)
+			})
+			return errors.Join(err, cerr)
+		}
+	}
 	c, err := d.Dial("tcp4", l.Addr().String())
 	if err != nil {
 		t.Fatal(err)
