@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
