@@ -23,10 +23,10 @@ test: ## vet, host tests with the race detector, then the guests
 vmtest: ## the tests on real kernels in QEMU: KERNELS="6.1 7" VMTEST_PKG= VMTEST_RUN= VMTEST_VERBOSE=1
 	$(GO) run ./internal/vmtest/cmd/vmtest
 
-lint: ## gofmt, vet, staticcheck
+lint: ## gofmt, vet, and golangci-lint if it is installed, else staticcheck
 	@bad=$$(gofmt -l .); if [ -n "$$bad" ]; then echo "gofmt -w these files:"; echo "$$bad"; exit 1; fi
 	$(GO) vet ./...
-	$(GO) run $(STATICCHECK) ./...
+	@if command -v golangci-lint >/dev/null; then golangci-lint run; else $(GO) run $(STATICCHECK) ./...; fi
 
 bench: ## benchmarks on this machine
 	$(GO) test -run '^$$' -bench . -benchmem ./...

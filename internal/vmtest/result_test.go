@@ -27,6 +27,12 @@ func skipped(reason string) string {
 	return strings.Replace(good, marker+"--- PASS: TestB", "\n|"+"    b_test.go:7: "+reason+"\n|"+marker+"--- SKIP: TestB", 1)
 }
 
+// upTo is what comes before a mark.
+func upTo(text, mark string) string {
+	before, _, _ := strings.Cut(text, mark)
+	return before
+}
+
 func judge(t *testing.T, text string, want []string, ended string) *BootResult {
 	t.Helper()
 	b := &BootResult{Kernel: "6.12"}
@@ -53,7 +59,7 @@ func TestFinishJudges(t *testing.T) {
 		{name: "exit 1", text: strings.Replace(good, "exit 0", "exit 1", 1), problem: "exit 1", counts: Counts{Passed: 2}},
 		{name: "exit line printed by a test", text: strings.Replace(good, "exit 0", "|exit 0", 1), problem: "without an exit line", counts: Counts{Passed: 2}},
 		{name: "two exit lines", text: good + "exit 0\n", problem: "does not fit", counts: Counts{Passed: 2}},
-		{name: "panic in mid-test", text: good[:strings.Index(good, "|a line")], problem: "TestB: unfinished", counts: Counts{Passed: 1, Failed: 1}},
+		{name: "panic in mid-test", text: upTo(good, "|a line"), problem: "TestB: unfinished", counts: Counts{Passed: 1, Failed: 1}},
 		{name: "timeout", text: good, ended: "stopped after the time limit", problem: "time limit", counts: Counts{Passed: 2}},
 		{name: "failed test", text: strings.Replace(strings.Replace(good, "PASS: TestB", "FAIL: TestB", 1), "end ktls 0", "end ktls 1", 1), problem: "TestB: fail", counts: Counts{Passed: 1, Failed: 1}},
 		{name: "failed test, yet exit codes 0", text: strings.Replace(good, "PASS: TestB", "FAIL: TestB", 1), problem: "exit code 0 though", counts: Counts{Passed: 1, Failed: 1}},

@@ -45,11 +45,10 @@ func (l *testLog) output(text string) {
 	if l.said == nil {
 		l.said = map[string][]string{}
 	}
-	said := append(l.said[l.now], text)
-	if len(said) > 20 {
-		said = said[len(said)-20:]
+	l.said[l.now] = append(l.said[l.now], text)
+	if said := l.said[l.now]; len(said) > 20 {
+		l.said[l.now] = said[len(said)-20:]
 	}
-	l.said[l.now] = said
 }
 
 func (l *testLog) frame(text string) {
