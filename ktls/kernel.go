@@ -154,7 +154,7 @@ func importKernelLayer(sock Socket, p params, st *layerState) (recordLayer, erro
 	if err != nil {
 		return nil, err
 	}
-	l.ctl, l.ctlType = st.ctl, st.typ
+	l.ctl, l.ctlType, l.alerted = st.ctl, st.typ, st.alerted
 	return l, nil
 }
 

@@ -359,7 +359,7 @@ func TestKernelDeadlines(t *testing.T) {
 // in it, and when nobody knows what came before.
 func TestKernelDrainsBeforeShutdown(t *testing.T) {
 	guest.NeedKernelTLS(t)
-	for _, how := range []string{"same owner", "moved", "crashed"} {
+	for _, how := range []string{"same owner", "moved", "moved after close_notify", "crashed"} {
 		for _, i := range []int{0, 3, 5} { // the three lengths of a record
 			tc := testSuites[i]
 			t.Run(how+" "+suiteTestName(tc.version, tc.suite), func(t *testing.T) {
@@ -394,8 +394,25 @@ func drainOnce(t *testing.T, p params, how string) {
 		}
 	}
 	_ = sock.SetWriteDeadline(time.Now().Add(testWait))
+	if how == "moved after close_notify" {
+		for end := time.Now().Add(testWait); ; {
+			taken, err := l.writeControl(typeAlert, []byte{1, 0}, false)
+			if taken {
+				break
+			}
+			if !errors.Is(err, errWouldBlock) || time.Now().After(end) {
+				t.Fatalf("close_notify: %v", err)
+			}
+			// Room for the alert, not for all that is in front of it.
+			if typ, p, err := peer.next(); err != nil || typ != typeData {
+				t.Fatalf("type %d, %v", typ, err)
+			} else {
+				total -= len(p)
+			}
+		}
+	}
 	if how != "same owner" {
-		var st layerState
+		st := layerState{alerted: how == "moved after close_notify"}
 		l.export(&st)
 		if st.wire == 0 {
 			t.Error("the position in the stream was not exported")
@@ -422,7 +439,11 @@ func drainOnce(t *testing.T, p params, how string) {
 			n += len(data)
 		}
 	}()
-	if taken, err := l.writeControl(typeAlert, []byte{1, 0}, true); !taken || err != nil {
+	if how == "moved after close_notify" {
+		if err := l.flush(true); err != nil {
+			t.Errorf("flush: %v", err)
+		}
+	} else if taken, err := l.writeControl(typeAlert, []byte{1, 0}, true); !taken || err != nil {
 		t.Errorf("close_notify: taken %v, %v", taken, err)
 	}
 	if err := onFD(sock, sys.ShutdownBoth); err != nil {

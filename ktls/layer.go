@@ -118,6 +118,10 @@ type layerState struct {
 	// The kernel layer's: where in the TCP stream record wireSeq-1 ends, see
 	// wirePosition. 0, 0: not known.
 	wire, wireSeq uint64
+
+	// alerted says, when importing, that close_notify was sent and only the shutdown
+	// is missing.
+	alerted bool
 }
 
 // recordError is a record that ends the session with an alert.
