@@ -7,8 +7,8 @@ import (
 	"sync"
 )
 
-// maxPendingHandshakes is how many handshakes a listener has in progress at most; more
-// connections wait in the accept queue of the kernel.
+// maxPendingHandshakes is how many handshakes in progress and sessions not yet
+// accepted a listener has at most; more connections wait in the accept queue of the kernel.
 const maxPendingHandshakes = 1024
 
 // NewListener returns a listener whose Accept gives *Conn. Handshakes run
@@ -98,8 +98,10 @@ func (l *listener) run() {
 
 func (l *listener) handshake(c *net.TCPConn) {
 	defer l.wg.Done()
+	// The slot is held until the session is accepted: whoever does not call Accept
+	// must not collect sessions without end.
+	defer func() { <-l.slots }()
 	conn, err := Server(l.ctx, c, l.cfg)
-	<-l.slots
 	if err != nil {
 		if l.cfg.OnHandshakeError != nil && l.ctx.Err() == nil {
 			l.cfg.OnHandshakeError(err)

@@ -210,7 +210,10 @@ func (s *scripted) smallBuffers() {
 	}
 }
 
-var past = time.Unix(1, 0)
+var (
+	past  = time.Unix(1, 0)
+	never time.Time
+)
 
 // listenTCP listens on the loopback without multipath TCP.
 func listenTCP(t testing.TB) *net.TCPListener {
