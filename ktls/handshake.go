@@ -185,15 +185,16 @@ func (w *wire) directions(p params) (tx, rx direction, err error) {
 	if err != nil {
 		return tx, rx, err
 	}
+	if w.opener != nil {
+		// The key that counted the tickets is the sending key, behind the last of them.
+		return w.opener.dir.clone(), client, nil
+	}
 	server, err := suite.direction13(slices.Clone(w.serverSecret), 0)
 	if err != nil {
 		return tx, rx, err
 	}
 	if w.client {
 		return client, server, nil
-	}
-	if w.opener != nil {
-		server.seq = w.opener.dir.seq
 	}
 	return server, client, nil
 }
