@@ -234,17 +234,19 @@ func (s *Supervisor) onMessage(w *worker, ch *wire.Channel, m *wire.Message) {
 
 func (s *Supervisor) onClosed(w *worker, m *wire.Message) error {
 	refs := make([]wire.Ref, 0, len(m.Closed))
+	for _, c := range m.Closed { // all of the message or nothing
+		if ss := s.sessions[c.ID]; ss != nil && (ss.owner != w || ss.epoch != c.Epoch) {
+			return fmt.Errorf("%w: it says that session %s ended, which it does not own", wire.ErrProtocol, sid(c.ID))
+		}
+	}
 	for _, c := range m.Closed {
 		refs = append(refs, c.Ref)
 		ss := s.sessions[c.ID]
 		if ss == nil {
 			continue // told again after a restart of ours
 		}
-		if ss.owner != w {
-			return fmt.Errorf("%w: it says that session %s ended, which it does not own", wire.ErrProtocol, sid(c.ID))
-		}
 		s.led.countClosed(c.Reason)
-		s.log.Debug("session ended", "session", sid(c.ID), "pool", w.pool.name, "reason", c.Reason, "detail", printable([]byte(c.Text)))
+		s.logEnd(ss, w, c)
 		if ss.attempt != nil && ss.pool.op != nil {
 			ss.pool.op.report.Closed++
 		}
@@ -255,6 +257,24 @@ func (s *Supervisor) onClosed(w *worker, m *wire.Message) error {
 	}
 	s.sendRefs(w, wire.TypeClosedAck, refs)
 	return nil
+}
+
+// logEnd says how a session ended: aloud when neither side wanted it.
+func (s *Supervisor) logEnd(ss *session, w *worker, c wire.Closed) {
+	level := hclog.Debug
+	switch c.Reason {
+	case wire.ReasonLayer:
+		level = hclog.Error
+	case wire.ReasonProtocol, wire.ReasonKeyUpdate, wire.ReasonKeyLimit, wire.ReasonHandler:
+		level = hclog.Info
+	default:
+	}
+	peer := ""
+	if f, err := s.led.facts(ss.slot); err == nil {
+		peer = f.Peer
+	}
+	s.log.Log(level, "session ended", "session", sid(ss.id), "peer", peer, "pool", w.pool.name, "pid", w.pid,
+		"reason", c.Reason, "detail", printable([]byte(c.Text)))
 }
 
 // socketMissing is told that the keeper could not give the socket of an attempt's

@@ -118,14 +118,14 @@ type spawned struct {
 
 // startProcess starts a worker process. It touches no shared state. On error
 // nothing is left open or running.
-func startProcess(command []string, dir string, env []string, nofile uint64) (sp *spawned, err error) {
+func startProcess(command []string, dir string, env []string, nofile uint64) (_ *spawned, err error) {
 	a, b, err := sys.PacketPair()
 	if err != nil {
 		return nil, err
 	}
 	peer := os.NewFile(uintptr(b), "worker channel")
 	defer func() { _ = peer.Close() }()
-	sp = &spawned{chFD: a}
+	sp := &spawned{chFD: a}
 	var writers [2]*os.File
 	defer func() {
 		for i := range writers {
@@ -138,7 +138,6 @@ func startProcess(command []string, dir string, env []string, nofile uint64) (sp
 		}
 		if err != nil {
 			sys.CloseAll([]int{a})
-			sp = nil
 		}
 	}()
 	for i := range writers {
