@@ -252,17 +252,22 @@ func tcpPair(t testing.TB) (client, server *net.TCPConn) {
 	return tcpPairWindow(t, 0)
 }
 
+// tcpPairOf has multipath TCP at the listener, the client, or both.
+func tcpPairOf(t testing.TB, listener, client bool) (c, s *net.TCPConn) {
+	t.Helper()
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(listener)
+	d := net.Dialer{Timeout: testWait}
+	d.SetMultipathTCP(client)
+	return connectTCP(t, &lc, &d)
+}
+
 // tcpPairWindow gives the client a receive buffer of the given size from the start,
 // so that the server's TCP makes small segments of what it is given.
 func tcpPairWindow(t testing.TB, window int) (client, server *net.TCPConn) {
 	t.Helper()
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false)
-	l, err := lc.Listen(context.Background(), "tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = l.Close() }()
 	d := net.Dialer{Timeout: testWait}
 	if window > 0 {
 		d.Control = func(_, _ string, rc syscall.RawConn) (err error) {
@@ -272,6 +277,16 @@ func tcpPairWindow(t testing.TB, window int) (client, server *net.TCPConn) {
 			return errors.Join(err, cerr)
 		}
 	}
+	return connectTCP(t, &lc, &d)
+}
+
+func connectTCP(t testing.TB, lc *net.ListenConfig, d *net.Dialer) (client, server *net.TCPConn) {
+	t.Helper()
+	l, err := lc.Listen(context.Background(), "tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
 	c, err := d.Dial("tcp4", l.Addr().String())
 	if err != nil {
 		t.Fatal(err)
