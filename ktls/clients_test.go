@@ -190,7 +190,7 @@ func TestHostOpenSSL(t *testing.T) {
 		{"ECDHE-ECDSA-CHACHA20-POLY1305", []string{"-tls1_2", "-cipher"}, tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256},
 	} {
 		t.Run(tc.suite, func(t *testing.T) {
-			addr, states, ends := echoServer(t, &Config{TLS: testServerTLS(t), Mode: ModeSoftware}, 1)
+			addr, states, ends := echoServer(t, &Config{TLS: testServerBoth(t), Mode: ModeSoftware}, 1)
 			c := startClient(t, openssl, append([]string{"s_client", "-connect", addr, "-servername", "localhost",
 				"-CAfile", ca, "-verify_return_error"}, append(tc.args, tc.suite)...)...)
 			c.say("one line")

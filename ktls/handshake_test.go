@@ -23,8 +23,10 @@ import (
 
 // testPKI is a CA, a server certificate of each kind, and a client certificate.
 type testPKI struct {
-	pool               *x509.CertPool
-	ecdsa, rsa, client tls.Certificate
+	pool          *x509.CertPool
+	ecdsa, client tls.Certificate
+	// rsa is made on first use: an RSA key takes seconds on an emulated machine.
+	rsa func() (tls.Certificate, error)
 }
 
 var pki = sync.OnceValues(func() (*testPKI, error) {
@@ -63,14 +65,14 @@ var pki = sync.OnceValues(func() (*testPKI, error) {
 	if err != nil {
 		return nil, err
 	}
-	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		return nil, err
-	}
+	p.rsa = sync.OnceValues(func() (tls.Certificate, error) {
+		key, err := rsa.GenerateKey(rand.Reader, 2048)
+		if err != nil {
+			return tls.Certificate{}, err
+		}
+		return leaf("localhost", key, key.Public(), 0)
+	})
 	if p.ecdsa, err = leaf("localhost", ecKey, ecKey.Public(), 0); err != nil {
-		return nil, err
-	}
-	if p.rsa, err = leaf("localhost", rsaKey, rsaKey.Public(), 0); err != nil {
 		return nil, err
 	}
 	// A chain so large that the ticket which carries it exceeds one record.
@@ -88,8 +90,19 @@ func testPKIOf(t testing.TB) *testPKI {
 }
 
 func testServerTLS(t testing.TB) *tls.Config {
-	p := testPKIOf(t)
-	return &tls.Config{Certificates: []tls.Certificate{p.ecdsa, p.rsa}, NextProtos: []string{"echo", "other"}}
+	return &tls.Config{Certificates: []tls.Certificate{testPKIOf(t).ecdsa}, NextProtos: []string{"echo", "other"}}
+}
+
+// testServerBoth also has an RSA certificate.
+func testServerBoth(t testing.TB) *tls.Config {
+	t.Helper()
+	cfg := testServerTLS(t)
+	cert, err := testPKIOf(t).rsa()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.Certificates = append(cfg.Certificates, cert)
+	return cfg
 }
 
 func testClientTLS(t testing.TB) *tls.Config {
@@ -149,7 +162,7 @@ var suiteNames12 = []uint16{
 // crypto/tls and have their tests with the scripted peer and OpenSSL.
 func TestServerWithStockClient(t *testing.T) {
 	bothLayers(t, func(t *testing.T, layer Layer) {
-		cfg := &Config{TLS: testServerTLS(t), Mode: modeOf(layer)}
+		cfg := &Config{TLS: testServerBoth(t), Mode: modeOf(layer)}
 		check := func(name string, client *tls.Config, version, suite uint16) {
 			t.Run(name, func(t *testing.T) {
 				conn, tc := connect(t, cfg, client)

@@ -1,7 +1,6 @@
 package ktls
 
 import (
-	"crypto/fips140"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -64,7 +63,7 @@ func configForClient(user *tls.Config, hello *tls.ClientHelloInfo) (*tls.Config,
 	cfg.GetConfigForClient = nil
 	speaks13 := slices.Contains(hello.SupportedVersions, tls.VersionTLS13) &&
 		(cfg.MaxVersion == 0 || cfg.MaxVersion >= tls.VersionTLS13)
-	if !speaks13 || fips140.Enforced() {
+	if !speaks13 || softwareWorks() != nil {
 		// TLS 1.2: a resumed session's keys are never logged. fips140=only: nothing can
 		// tell how many tickets were sent, so none are.
 		cfg.SessionTicketsDisabled = true

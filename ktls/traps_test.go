@@ -62,6 +62,7 @@ func (c *tailingConn) tail(rec []byte) []byte {
 // crypto/tls keeps a message behind the Finished to itself, and the session would
 // go on as if it had not been sent: it must end instead, with the right alert.
 func TestMessageInTheRecordOfFinished(t *testing.T) {
+	server := testServerBoth(t)
 	for _, suite := range suiteNames12 {
 		c, s := tcpPair(t)
 		w := &wire{Conn: c, client: true}
@@ -76,7 +77,7 @@ func TestMessageInTheRecordOfFinished(t *testing.T) {
 			}
 			done <- err
 		}()
-		_, err := Server(context.Background(), s, &Config{TLS: testServerTLS(t), Mode: ModeSoftware})
+		_, err := Server(context.Background(), s, &Config{TLS: server, Mode: ModeSoftware})
 		var alert *AlertError
 		if !errors.As(err, &alert) || alert.Alert != alertUnexpectedMessage || !alert.Sent {
 			t.Errorf("%s: %v", tls.CipherSuiteName(suite), err)

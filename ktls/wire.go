@@ -151,7 +151,7 @@ func (w *wire) wrote(rec []byte) {
 	case typ == typeHandshake && !w.client && !w.hello.done():
 		w.hello.add(rec[recordHeaderLen:])
 	case w.is13:
-		if typ == typeData && !w.client && w.serverSecret != nil {
+		if typ == typeData && !w.client && w.serverSecret != nil && softwareWorks() == nil {
 			w.tryOpen(rec)
 		}
 	case w.out.ccs:
@@ -163,7 +163,7 @@ func (w *wire) wrote(rec []byte) {
 	}
 }
 
-// tryOpen counts rec if it is under the application key: only then does it open,
+// tryOpen (not with fips140=only, where no tickets are sent) counts rec if it is under the application key: only then does it open,
 // and the opener's sequence number moves on.
 func (w *wire) tryOpen(rec []byte) {
 	if w.opener == nil {
@@ -180,9 +180,7 @@ func (w *wire) tryOpen(rec []byte) {
 		w.opener = &half{suite: s, dir: d}
 		w.scratch = getBuffer(midBuf)
 	}
-	if _, _, err := w.opener.open(rec, w.scratch.b); err != nil && errors.Is(err, ErrNoSoftware) {
-		w.err = err
-	}
+	_, _, _ = w.opener.open(rec, w.scratch.b)
 }
 
 // keyLogWriter is the wire as tls.Config.KeyLogWriter. It runs under a mutex of
