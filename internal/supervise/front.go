@@ -45,6 +45,7 @@ type front struct {
 	mu        sync.Mutex
 	listeners []*listener
 	paused    bool
+	saidNoFD  time.Time
 }
 
 type listener struct {
@@ -128,8 +129,8 @@ func (f *front) acceptLoop(l *listener) {
 			case f.isPaused() || errors.Is(err, net.ErrClosed):
 				return
 			case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
-				f.log.Error("out of descriptors: new connections wait; raise the NOFILE limit", "listener", l.ln.Addr())
-				f.pauseFor(100 * time.Millisecond)
+				f.sayNoDescriptors(l)
+				f.pauseFor(50 * time.Millisecond)
 			case errors.Is(err, os.ErrDeadlineExceeded):
 				return
 			default:
@@ -138,11 +139,53 @@ func (f *front) acceptLoop(l *listener) {
 			}
 			continue
 		}
+		dup, err := f.duplicate(l, c)
+		if err != nil {
+			<-f.sem
+			f.log.Error("no session: its socket cannot be duplicated", "peer", c.RemoteAddr(), "error", err)
+			_ = c.Close()
+			f.fail(cntHandshakeFailed)
+			continue
+		}
 		f.shakes.Go(func() {
 			defer func() { <-f.sem }()
-			f.handshake(l, c)
+			f.handshake(l, c, dup)
 		})
 	}
+}
+
+// duplicate makes the descriptor that the keeper is to hold, before the handshake:
+// there a connection can wait for one, afterwards a session would be at stake.
+func (f *front) duplicate(l *listener, c *net.TCPConn) (int, error) {
+	for {
+		fd, err := dupSocket(c)
+		if !errors.Is(err, syscall.EMFILE) || f.isPaused() || f.ctx.Err() != nil {
+			return fd, err
+		}
+		f.sayNoDescriptors(l)
+		f.pauseFor(50 * time.Millisecond)
+	}
+}
+
+// sayNoDescriptors says so once in a while, not for every attempt.
+func (f *front) sayNoDescriptors(l *listener) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if now := time.Now(); f.saidNoFD.IsZero() || now.Sub(f.saidNoFD) > 10*time.Second {
+		f.saidNoFD = now
+		f.log.Error("out of descriptors: new connections wait; raise the NOFILE limit", "listener", l.ln.Addr())
+	}
+}
+
+func dupSocket(c syscall.Conn) (fd int, err error) {
+	rc, err := c.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	if cerr := rc.Control(func(s uintptr) { fd, err = sys.Dup(int(s)) }); cerr != nil {
+		return -1, cerr
+	}
+	return fd, err
 }
 
 func (f *front) pauseFor(d time.Duration) {
@@ -154,11 +197,13 @@ func (f *front) pauseFor(d time.Duration) {
 	}
 }
 
-// handshake makes a session of a connection, or one log line and a count.
-func (f *front) handshake(l *listener, c *net.TCPConn) {
+// handshake makes a session of a connection, or one log line and a count. dup is a
+// duplicate of its descriptor, which it owns.
+func (f *front) handshake(l *listener, c *net.TCPConn, dup int) {
 	peer := c.RemoteAddr().String()
 	conn, err := ktls.Server(f.ctx, c, l.cfg)
 	if err != nil {
+		sys.CloseAll([]int{dup}) // only now does the peer see the end
 		var he *ktls.HandshakeError
 		kind, level := cntHandshakeFailed, hclog.Info
 		if errors.As(err, &he) && he.Timeout() {
@@ -168,8 +213,9 @@ func (f *front) handshake(l *listener, c *net.TCPConn) {
 		f.fail(kind)
 		return
 	}
-	a, err := detach(conn)
+	a, err := detach(conn, dup)
 	if err != nil {
+		sys.CloseAll([]int{dup})
 		f.log.Error("no session: the record state cannot be taken out", "peer", peer, "error", err)
 		_ = conn.Close()
 		f.fail(cntHandshakeFailed)
@@ -179,8 +225,8 @@ func (f *front) handshake(l *listener, c *net.TCPConn) {
 	f.admit(a)
 }
 
-// detach takes a session apart for the ledger.
-func detach(conn *ktls.Conn) (*admission, error) {
+// detach takes a session apart for the ledger; its socket is dup from then on.
+func detach(conn *ktls.Conn, dup int) (*admission, error) {
 	cs, reason := conn.ConnectionState(), conn.LayerReason()
 	sock, st, err := conn.Detach()
 	if err != nil {
@@ -188,7 +234,7 @@ func detach(conn *ktls.Conn) (*admission, error) {
 	}
 	defer func() { _ = sock.Close() }() // one of two duplicates: the peer sees nothing
 	defer st.Wipe()
-	a := &admission{fd: -1, software: st.Layer() == ktls.LayerSoftware}
+	a := &admission{fd: dup, software: st.Layer() == ktls.LayerSoftware}
 	a.facts = facts{SNI: cs.ServerName, ALPN: cs.NegotiatedProtocol, Version: cs.Version, Suite: cs.CipherSuite, Reason: clip(reason, 100)}
 	if a.facts.Facts, err = st.MarshalFacts(); err != nil {
 		return nil, err
@@ -201,14 +247,7 @@ func detach(conn *ktls.Conn) (*admission, error) {
 			return nil, err
 		}
 	}
-	rc, err := sock.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	if cerr := rc.Control(func(fd uintptr) { a.fd, err = sys.Dup(int(fd)) }); cerr != nil {
-		return nil, cerr
-	}
-	return a, err
+	return a, nil
 }
 
 func clip(s string, n int) string {

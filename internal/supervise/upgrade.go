@@ -65,10 +65,12 @@ func (op *upgrade) reason(why string) {
 
 // committed counts one session's move.
 func (op *upgrade) committed(a *attempt, now time.Time) {
-	if a.to.gen < a.from.gen {
-		op.report.Returned++
-	} else {
+	switch op.to {
+	case a.to.gen:
 		op.report.Moved++
+	case a.from.gen:
+		op.report.Returned++
+	default: // parked for the new generation, which then failed: it never was there
 	}
 	op.stalls = append(op.stalls, float64(now.Sub(a.began).Microseconds())/1000)
 }
