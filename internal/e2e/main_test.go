@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -269,4 +270,17 @@ func allNew(t *testing.T, before, after []int) {
 			t.Errorf("process %d is still there; before: %v, after: %v", pid, before, after)
 		}
 	}
+}
+
+// upgradeReport is what `ktlsvisor upgrade --json` answers, with exit code code.
+func (u *unit) upgradeReport(code int, args ...string) (rep admin.UpgradeReport) {
+	u.t.Helper()
+	r := u.run(code, append([]string{"upgrade", "--json"}, args...)...)
+	if err := json.Unmarshal([]byte(r.Stdout), &rep); err != nil {
+		u.t.Fatalf("%v: %s", err, r)
+	}
+	if int(rep.Outcome) != code {
+		u.t.Errorf("the report says %d, the exit code is %d", rep.Outcome, code)
+	}
+	return rep
 }
