@@ -3,111 +3,15 @@ package ktls
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/rsa"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"os"
-	"sync"
 	"testing"
 	"time"
 )
-
-// testPKI is a CA, a server certificate of each kind, and a client certificate.
-type testPKI struct {
-	pool          *x509.CertPool
-	ecdsa, client tls.Certificate
-	// rsa is made on first use: an RSA key takes seconds on an emulated machine.
-	rsa func() (tls.Certificate, error)
-}
-
-var pki = sync.OnceValues(func() (*testPKI, error) {
-	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
-	}
-	ca := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test CA"},
-		NotAfter: time.Now().Add(24 * time.Hour), IsCA: true, BasicConstraintsValid: true,
-		KeyUsage: x509.KeyUsageCertSign,
-	}
-	caDER, err := x509.CreateCertificate(rand.Reader, ca, ca, caKey.Public(), caKey)
-	if err != nil {
-		return nil, err
-	}
-	p := &testPKI{pool: x509.NewCertPool()}
-	caCert, err := x509.ParseCertificate(caDER)
-	if err != nil {
-		return nil, err
-	}
-	p.pool.AddCert(caCert)
-	leaf := func(name string, key any, pub any, extra int) (tls.Certificate, error) {
-		tmpl := &x509.Certificate{
-			SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
-			NotAfter:    time.Now().Add(24 * time.Hour),
-			ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		}
-		if extra > 0 {
-			tmpl.ExtraExtensions = []pkix.Extension{{Id: []int{1, 2, 3, 4}, Value: bytes.Repeat([]byte{4}, extra)}}
-		}
-		der, err := x509.CreateCertificate(rand.Reader, tmpl, ca, pub, caKey)
-		return tls.Certificate{Certificate: [][]byte{der, caDER}, PrivateKey: key}, err
-	}
-	ecKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
-	}
-	p.rsa = sync.OnceValues(func() (tls.Certificate, error) {
-		key, err := rsa.GenerateKey(rand.Reader, 2048)
-		if err != nil {
-			return tls.Certificate{}, err
-		}
-		return leaf("localhost", key, key.Public(), 0)
-	})
-	if p.ecdsa, err = leaf("localhost", ecKey, ecKey.Public(), 0); err != nil {
-		return nil, err
-	}
-	// A chain so large that the ticket which carries it exceeds one record.
-	p.client, err = leaf("client", ecKey, ecKey.Public(), 17000)
-	return p, err
-})
-
-func testPKIOf(t testing.TB) *testPKI {
-	t.Helper()
-	p, err := pki()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return p
-}
-
-func testServerTLS(t testing.TB) *tls.Config {
-	return &tls.Config{Certificates: []tls.Certificate{testPKIOf(t).ecdsa}, NextProtos: []string{"echo", "other"}}
-}
-
-// testServerBoth also has an RSA certificate.
-func testServerBoth(t testing.TB) *tls.Config {
-	t.Helper()
-	cfg := testServerTLS(t)
-	cert, err := testPKIOf(t).rsa()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg.Certificates = append(cfg.Certificates, cert)
-	return cfg
-}
-
-func testClientTLS(t testing.TB) *tls.Config {
-	return &tls.Config{RootCAs: testPKIOf(t).pool, ServerName: "localhost", NextProtos: []string{"echo"}}
-}
 
 // connect handshakes a ktls server with a stock client.
 func connect(t testing.TB, cfg *Config, client *tls.Config) (*Conn, *tls.Conn) {
@@ -568,58 +472,5 @@ func TestAutoFallsBackWithReason(t *testing.T) {
 	}
 	if _, err := Server(context.Background(), accept(testClientTLS(t)), &Config{TLS: testServerTLS(t), Mode: ModeKernel}); !errors.Is(err, ErrNoKernelTLS) {
 		t.Errorf("mode kernel: %v", err)
-	}
-}
-
-func TestListener(t *testing.T) {
-	inner, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	failed := make(chan error, 10)
-	ln := NewListener(inner, &Config{TLS: testServerTLS(t), Mode: ModeSoftware, OnHandshakeError: func(err error) { failed <- err }})
-	dial := func() net.Conn {
-		c, err := net.Dial("tcp4", ln.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = c.Close() })
-		return c
-	}
-	dial() // stalls for ever, and holds up nobody
-	if _, err := io.WriteString(dial(), "not TLS at all"); err != nil {
-		t.Fatal(err)
-	}
-	var he *HandshakeError
-	if err := <-failed; !errors.As(err, &he) || !he.NotTLS() {
-		t.Errorf("reported: %v", err)
-	}
-	for range 3 {
-		c := tls.Client(dial(), testClientTLS(t))
-		done := make(chan error, 1)
-		go func() { done <- c.Handshake() }()
-		s, err := ln.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := <-done; err != nil {
-			t.Fatal(err)
-		}
-		exchange(t, s, c)
-		_ = s.Close()
-	}
-	unaccepted := tls.Client(dial(), testClientTLS(t))
-	if err := unaccepted.Handshake(); err != nil {
-		t.Fatal(err)
-	}
-	if err := ln.Close(); err != nil {
-		t.Error(err)
-	}
-	if _, err := ln.Accept(); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("Accept after Close: %v", err)
-	}
-	_ = unaccepted.SetReadDeadline(time.Now().Add(testWait))
-	if _, err := unaccepted.Read(make([]byte, 1)); err == nil || isTimeout(err) {
-		t.Errorf("a session nobody accepted: %v", err)
 	}
 }
