@@ -241,7 +241,7 @@ type Message struct {
 	Held    []Held    `cbor:"8,keyasint,omitempty"`  // INVENTORY_REPLY
 	Nonce   uint64    `cbor:"9,keyasint,omitempty"`  // INVENTORY, INVENTORY_REPLY, PING, PONG
 	Last    bool      `cbor:"10,keyasint,omitempty"` // INVENTORY_REPLY: no more parts; ADOPT, PARKED, FREEZE, RESUME: no more members of the group in this attempt
-	Group   string    `cbor:"11,keyasint,omitempty"` // GROUP, GROUPED; FREEZE, PARKED, ADOPT, RESUME: all members belong to this group and move as one
+	Group   string    `cbor:"11,keyasint,omitempty"` // GROUP, GROUPED; FREEZE, THAW, PARKED, ADOPT, RESUME: all members belong to this group and move as one
 	Text    string    `cbor:"12,keyasint,omitempty"` // GROUPED: why the group cannot be joined; STOP: why
 	Millis  int64     `cbor:"13,keyasint,omitempty"` // STOP: time to end the sessions
 	Drain   bool      `cbor:"14,keyasint,omitempty"` // STOP: leave when no session is left, end none
