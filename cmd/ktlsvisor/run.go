@@ -49,6 +49,10 @@ func (l *logFlags) logger(a *app, name string) (hclog.Logger, error) {
 	return hclog.New(&hclog.LoggerOptions{Name: name, Level: level, Output: a.err, JSONFormat: l.json}), nil
 }
 
+// maxRestartPause is the longest pause before another supervisor is started, even
+// after many have died: sessions that were between two workers wait for it.
+const maxRestartPause = time.Second
+
 // runFlags is what only the flags form has.
 type runFlags struct {
 	config.Flags
@@ -181,6 +185,7 @@ func (a *app) serve(ctx context.Context, cfg *config.Config, log hclog.Logger, a
 		Supervisor: append([]string{self}, args...),
 		Log:        log,
 		Grace:      keeperGrace(cfg),
+		Backoff:    keeper.Backoff{Max: maxRestartPause},
 		Initial:    []keeper.Entry{{Key: keeper.Key{Kind: keeper.KindBlob, Name: configName}, FDs: []int{blob}}},
 		Output:     a.err,
 	})
