@@ -284,3 +284,11 @@ func (u *unit) upgradeReport(code int, args ...string) (rep admin.UpgradeReport)
 	}
 	return rep
 }
+
+// busy makes clients that always have something on its way.
+func busy(o *load.Options) {
+	o.Interval, o.MinPayload, o.MaxPayload = 20*time.Millisecond, 0, 4096
+}
+
+// upgradeTime is about what an upgrade of a hundred sessions takes.
+const upgradeTime = 150 * time.Millisecond
