@@ -21,6 +21,7 @@ const defaultLimit = 4 * time.Minute
 // testPackages run in this order; those that have no tests yet are left out.
 var testPackages = []testPackage{
 	{path: "internal/vmtest/guestcheck"},
+	{path: "internal/vmtest/guest"},
 	{path: "internal/sys"},
 	{path: "pidfd"},
 	{path: "ktls"},
