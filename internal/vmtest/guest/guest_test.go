@@ -1,6 +1,9 @@
 package guest
 
-import "testing"
+import (
+	"os"
+	"testing"
+)
 
 func TestParseRelease(t *testing.T) {
 	for _, tc := range []struct {
@@ -21,4 +24,26 @@ func TestParseRelease(t *testing.T) {
 			t.Errorf("ParseRelease(%q) = %d, %d, %v", tc.release, major, minor, err)
 		}
 	}
+}
+
+func TestUnprivileged(t *testing.T) {
+	if !Unprivileged(t) {
+		return
+	}
+	if os.Geteuid() == 0 {
+		t.Error("still root")
+	}
+	// What the user may not do is the point; /root or init's memory will do.
+	if f, err := os.Open("/proc/1/mem"); err == nil {
+		_ = f.Close()
+		t.Error("an unprivileged process could open the memory of process 1")
+	}
+}
+
+func TestUnprivilegedSubtest(t *testing.T) {
+	t.Run("with a (name)", func(t *testing.T) {
+		if Unprivileged(t) && os.Geteuid() == 0 {
+			t.Error("still root")
+		}
+	})
 }
