@@ -3,6 +3,7 @@ package guest
 import (
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
@@ -22,8 +23,7 @@ func Unprivileged(t *testing.T) bool {
 	if os.Geteuid() != 0 {
 		return true
 	}
-	// The program's own path may lie where only root can look.
-	cmd := exec.Command("/proc/self/exe", "-test.v", "-test.count=1", "-test.run="+exactly(t.Name()))
+	cmd := exec.Command(readableCopy(t), "-test.v", "-test.count=1", "-test.run="+exactly(t.Name()))
 	cmd.Dir = "/"
 	cmd.Env = append(os.Environ(), "HOME=/tmp", "TMPDIR=/tmp")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
@@ -32,6 +32,36 @@ func Unprivileged(t *testing.T) bool {
 		t.Fatalf("as the user nobody: %v\n%s", err, out)
 	}
 	return false
+}
+
+// readableCopy copies the running program to where every user may start it; the go
+// command keeps it where only root can look.
+func readableCopy(t *testing.T) string {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "unprivileged-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	program, err := os.ReadFile(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := filepath.Join(dir, filepath.Base(self))
+	if err := os.WriteFile(to, program, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(to, 0o755); err != nil { // whatever the umask
+		t.Fatal(err)
+	}
+	return to
 }
 
 // exactly is the -test.run pattern of one test or subtest.
