@@ -29,7 +29,7 @@ func TestTrafficAcrossMoves(t *testing.T) {
 
 				total, moves := 2<<20, 0
 				if guest.InGuest() {
-					total = 256 << 10
+					total = 128 << 10
 				}
 				data := make([]byte, total)
 				for i := range data {
