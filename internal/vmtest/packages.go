@@ -24,7 +24,7 @@ var testPackages = []testPackage{
 	{path: "internal/vmtest/guest"},
 	{path: "internal/sys"},
 	{path: "pidfd"},
-	{path: "ktls", limit: 4 * time.Minute},
+	{path: "ktls"},
 	{path: "internal/keeper"},
 	{path: "handoff"},
 	{path: "internal/demo", progs: true},
