@@ -190,19 +190,6 @@ func (c *Conn) SetWriteDeadline(t time.Time) error {
 	return err
 }
 
-// CloseWrite sends close_notify and FIN; reading goes on.
-func (c *Conn) CloseWrite() error {
-	c.wmu.Lock()
-	defer c.wmu.Unlock()
-	c.mu.Lock()
-	s, err := c.usableLocked()
-	c.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	return s.CloseWrite()
-}
-
 // Close ends the session. After ErrMoving was returned it does nothing by itself:
 // what the handler returns decides, so that a deferred Close does not end a session
 // that is about to move.
@@ -214,7 +201,7 @@ func (c *Conn) Close() error {
 	}
 	c.closed = true
 	c.mu.Unlock()
-	c.shut(net.ErrClosed, lingerTime)
+	c.shut(net.ErrClosed)
 	return nil
 }
 

@@ -16,7 +16,7 @@ import (
 
 var past = time.Unix(1, 0)
 
-// held reports that a wanted move must not stop input and output now.
+// heldLocked reports that a wanted move must not stop input and output now.
 func (c *Conn) heldLocked() bool { return c.holds > 0 && !c.detached }
 
 // wantsOutLocked reports that Read and Write are to come back because of a move.
@@ -159,6 +159,38 @@ func (c *Conn) Write(p []byte) (int, error) {
 			// All of it is taken and a part is not sent; whoever comes next sends it.
 			c.flush()
 			return done, nil
+		}
+	}
+}
+
+// CloseWrite sends what is queued, close_notify and FIN; reading goes on. While a
+// move is wanted it does nothing and returns ErrMoving.
+func (c *Conn) CloseWrite() error {
+	c.wmu.Lock()
+	defer c.wmu.Unlock()
+	for {
+		c.mu.Lock()
+		s, err := c.usableLocked()
+		if err == nil && c.wantsOutLocked() {
+			err = ErrMoving
+		}
+		c.told = c.told || errors.Is(err, ErrMoving)
+		c.mu.Unlock()
+		if err != nil {
+			return err
+		}
+		if err = s.CloseWrite(); err == nil {
+			return nil
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return c.failed(err)
+		}
+		c.mu.Lock()
+		ours := c.wantsOutLocked() || c.dead != nil
+		expired := !c.wdl.IsZero() && !time.Now().Before(c.wdl)
+		c.mu.Unlock()
+		if !ours && expired {
+			return err
 		}
 	}
 }

@@ -11,13 +11,6 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
-// lingerTime bounds the sending of output that is left when a session ends;
-// close_notify is bounded by ktls.
-const lingerTime = 5 * time.Second
-
-// kickTime is lingerTime for a session that the operator ends.
-const kickTime = time.Second
-
 var errGroupName = fmt.Errorf("a group's name has 1 to %d bytes of UTF-8", wire.MaxGroup)
 
 func newConn(w *worker, id uint64, s *ktls.Conn) *Conn {
@@ -199,9 +192,10 @@ func (c *Conn) attach(k *kept) error {
 	return nil
 }
 
-// shut ends the session: what is queued, close_notify, shutdown, close. Read and
-// Write return why from now on. The session must be attached. A second call waits for the first.
-func (c *Conn) shut(why error, linger time.Duration) {
+// shut ends the session: what is queued and close_notify, both bounded by ktls, then
+// shutdown and close. Read and Write return why from now on. The session must be
+// attached. A second call waits for the first.
+func (c *Conn) shut(why error) {
 	c.mu.Lock()
 	if c.dead != nil {
 		c.mu.Unlock()
@@ -209,22 +203,15 @@ func (c *Conn) shut(why error, linger time.Duration) {
 		return
 	}
 	defer close(c.shutDone)
+	// Interrupts the handler's Read and Write, which would be told net.ErrClosed
+	// otherwise, not why.
 	_ = c.tls.SetReadDeadline(past)
 	_ = c.tls.SetWriteDeadline(past)
 	c.dead = why
 	close(c.deadCh)
-	s, cause, b := c.tls, c.cause, c.barrier
+	s := c.tls
 	c.mu.Unlock()
-	if b != nil {
-		b.leave(c)
-	}
-	c.wmu.Lock() // the interrupted Write has returned
-	defer c.wmu.Unlock()
-	if cause == nil && s.Pending() > 0 {
-		_ = s.SetWriteDeadline(time.Now().Add(linger))
-		_ = s.Flush()
-	}
-	_ = s.SetWriteDeadline(time.Time{})
+	c.leaveBarrier()
 	if err := s.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 		c.w.log.Debug("closing a session", "session", c.id, "error", err)
 	}

@@ -712,3 +712,58 @@ func TestInventoryInParts(t *testing.T) {
 		s.close()
 	}
 }
+
+// Half-closing is refused while a move is wanted, and works after it, here or there.
+func TestCloseWrite(t *testing.T) {
+	h := newStepHandler()
+	a, b := startProc(t, h.serve), startProc(t, h.serve)
+	s := software(t)
+	a.give(s)
+	c := h.wait(t)
+	e := newEpoch()
+	a.refs(wire.TypeFreeze, s.ref(e))
+	<-c.Moving()
+	if _, err := c.Write([]byte("queued")); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.CloseWrite(); !errors.Is(err, ErrMoving) {
+		t.Errorf("CloseWrite while moving: %v", err)
+	}
+	h.do <- readMoving
+	a.parked(s, e)
+	b.adopt(s, e)
+	s.epoch = e
+	b.refs(wire.TypeResume, s.own())
+	a.refs(wire.TypeRelease, s.ref(e))
+	c = h.wait(t)
+	if err := c.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	s.read("queued")
+	s.eof()
+	// The other direction is open, and that travels as well.
+	h2 := newStepHandler()
+	d := startProc(t, h2.serve)
+	e = newEpoch()
+	b.refs(wire.TypeFreeze, s.ref(e))
+	h.do <- readMoving
+	b.parked(s, e)
+	d.adopt(s, e)
+	s.epoch = e
+	d.refs(wire.TypeResume, s.own())
+	b.refs(wire.TypeRelease, s.own())
+	c = h2.wait(t)
+	s.write("still heard")
+	buf := make([]byte, 11)
+	if _, err := io.ReadFull(c, buf); err != nil || string(buf) != "still heard" {
+		t.Errorf("%q, %v", buf, err)
+	}
+	if _, err := c.Write([]byte("x")); err == nil {
+		t.Error("Write after CloseWrite")
+	}
+	close(h.do)
+	close(h2.do)
+	d.expectClosed(s, wire.ReasonOwner)
+	a.inventory()
+	b.inventory()
+}

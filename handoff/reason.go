@@ -21,8 +21,9 @@ func reasonOf(err, cause error, closed, stopping bool) wire.Reason {
 	if r := reasonOfError(cause); r != 0 {
 		return r
 	}
+	var network *net.OpError
 	switch {
-	case cause != nil:
+	case errors.As(cause, &network):
 		return wire.ReasonPeerAbrupt
 	case stopping:
 		return wire.ReasonOperator

@@ -71,13 +71,13 @@ func (w *worker) step(s *session) {
 	case phaseIdle:
 		switch {
 		case s.kicked:
-			w.end(s, wire.ReasonOperator, nil, kickTime)
+			w.end(s, wire.ReasonOperator, nil)
 		case s.batch != nil:
 			w.advance(s.batch)
 		case s.attempt != 0:
 			w.park(s)
 		case w.stopping:
-			w.end(s, wire.ReasonOperator, nil, kickTime)
+			w.end(s, wire.ReasonOperator, nil)
 		default:
 			w.start(s)
 		}
@@ -135,16 +135,16 @@ func (w *worker) returned(s *session, err error, panicked bool) {
 	closed, cause := s.conn.ends()
 	switch {
 	case panicked:
-		w.end(s, wire.ReasonHandler, err, lingerTime)
+		w.end(s, wire.ReasonHandler, err)
 	case closed || !errors.Is(err, ErrMoving):
 		reason := reasonOf(err, cause, closed, w.stopping)
 		if reason == wire.ReasonHandler {
 			w.log.Warn("handler failed; its session is closed", "session", s.id, "error", err)
 		}
-		w.end(s, reason, firstError(err, cause), lingerTime)
+		w.end(s, reason, firstError(err, cause))
 	case !s.frozen:
 		w.log.Error("handler returned ErrMoving although no move was wanted; its session is closed", "session", s.id)
-		w.end(s, wire.ReasonHandler, err, lingerTime)
+		w.end(s, wire.ReasonHandler, err)
 	default:
 		s.conn.ranOnce()
 		w.step(s)
@@ -233,15 +233,14 @@ func (w *worker) unpark(s *session) {
 }
 
 // end closes a running or idle session.
-func (w *worker) end(s *session, reason wire.Reason, err error, linger time.Duration) {
+func (w *worker) end(s *session, reason wire.Reason, err error) {
 	s.phase = phaseClosing
 	w.leave(s)
 	if s.cancel != nil {
 		s.cancel()
 	}
-	why := error(net.ErrClosed)
 	go func() {
-		s.conn.shut(why, linger)
+		s.conn.shut(net.ErrClosed)
 		w.in.post(func() { w.closed(s, reason, err) })
 	}()
 }
@@ -308,6 +307,9 @@ func (w *worker) stop(d time.Duration) {
 	}
 }
 
+// kickTime is what sessions get for their close_notify when the time of stop is over.
+const kickTime = 2 * time.Second
+
 // stopNow ends what is left when the time of stop is over.
 func (w *worker) stopNow() {
 	if w.forced {
@@ -317,11 +319,11 @@ func (w *worker) stopNow() {
 		}
 		return
 	}
-	w.forced, w.deadline = true, time.Now().Add(2*kickTime)
+	w.forced, w.deadline = true, time.Now().Add(kickTime)
 	for _, s := range w.snapshot() {
 		switch s.phase {
 		case phaseRunning, phaseIdle:
-			w.end(s, wire.ReasonOperator, nil, kickTime)
+			w.end(s, wire.ReasonOperator, nil)
 		case phaseAdopted:
 			w.forget(s) // not ours
 		default:
