@@ -114,7 +114,7 @@ func (s *Supervisor) placeParked(p *pool) {
 		if now.Before(ss.retryAt) {
 			continue
 		}
-		to := p.target()
+		to := p.targetFor(ss)
 		if g := s.groupOf(ss); g != nil {
 			if g.home == nil {
 				g.home = to
@@ -172,7 +172,7 @@ func (s *Supervisor) onParked(w *worker, m *wire.Message) error {
 		a.flags = wire.FlagRestored
 		to := a.dest
 		if to == nil || !to.usable() {
-			to = w.pool.target()
+			to = w.pool.targetFor(ss)
 		}
 		if to == nil || to == w {
 			s.refuse(a, "no worker can take it")
@@ -231,7 +231,7 @@ func (s *Supervisor) commit(a *attempt) {
 			s.led.count(cntReturned, 1)
 		}
 	}
-	ss.owner, ss.epoch, ss.refusals, ss.flags = a.to, a.epoch, 0, 0
+	ss.owner, ss.epoch, ss.refusals, ss.flags, ss.refusedBy = a.to, a.epoch, 0, 0, nil
 	a.to.sessions[ss.id] = ss
 	if a.joins != "" {
 		ss.group = a.joins
@@ -277,6 +277,7 @@ func (s *Supervisor) giveUp(a *attempt, why string) {
 	}
 	if a.to != nil && a.step == stepAdopting {
 		s.sendRefs(a.to, wire.TypeAbort, []wire.Ref{{ID: ss.id, Epoch: a.epoch}})
+		ss.refusedBy = append(ss.refusedBy, a.to.id)
 	}
 	ss.retryAt = s.now().Add(retryAfter)
 	if a.joins != "" {

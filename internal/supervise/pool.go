@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/config"
@@ -88,6 +89,23 @@ func (p *pool) target() *worker {
 	if p.cfg.Dispatch == "round-robin" && len(ready) > 0 {
 		p.rr++
 		return ready[p.rr%len(ready)]
+	}
+	return best
+}
+
+// targetFor is target, but of another worker than those that could not take ss, as
+// long as there is one.
+func (p *pool) targetFor(ss *session) *worker {
+	var best *worker
+	for _, w := range sortedWorkers(p.workers) {
+		if w.gen == p.serving && w.state == workerReady && w.ch != nil && !slices.Contains(ss.refusedBy, w.id) &&
+			(best == nil || w.load() < best.load()) {
+			best = w
+		}
+	}
+	if best == nil || len(ss.refusedBy) == 0 {
+		ss.refusedBy = nil
+		return p.target()
 	}
 	return best
 }

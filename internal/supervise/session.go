@@ -31,6 +31,8 @@ type session struct {
 	attempt  *attempt
 	retryAt  time.Time // not frozen again before
 	refusals int       // in a row, while parked
+	// refusedBy names the workers that could not take it since it last moved.
+	refusedBy []uint64
 
 	wants     string // the group it waits to join
 	joinFails int    // moves to a group's home that failed in a row

@@ -388,6 +388,7 @@ func (s *Supervisor) channelEnded(w *worker, ch *wire.Channel, err error) {
 	case w.exited:
 		s.workerDied(w)
 	case errors.Is(err, io.EOF), errors.Is(err, os.ErrClosed):
+		s.orphanParked(w)
 		s.closeChannel(w) // it is about to exit, or serves on without us
 		if w.state == workerReady || w.state == workerRetiring {
 			w.state = workerDetached
@@ -411,6 +412,7 @@ func (s *Supervisor) detach(w *worker, err error) {
 	if was == workerReady || was == workerRetiring {
 		w.state = workerDetached
 	}
+	s.orphanParked(w)
 	s.abortAttemptsOf(w, "the control channel of the worker is closed") // queues THAWs, which still go out
 	s.closeChannel(w)
 	if was == workerStarting {
@@ -422,6 +424,16 @@ func (s *Supervisor) detach(w *worker, err error) {
 		s.inventoryDone()
 	}
 	s.replaceLater(w.pool)
+}
+
+// orphanParked takes what a worker has parked, and nobody has adopted yet, from one
+// whose channel has ended: it forgets them then, so there is no way back to it.
+func (s *Supervisor) orphanParked(w *worker) {
+	for _, ss := range w.sessions {
+		if a := ss.attempt; a != nil && a.from == w && a.step == stepAdopting {
+			s.orphan(ss, w)
+		}
+	}
 }
 
 func (s *Supervisor) closeChannel(w *worker) {
