@@ -149,6 +149,9 @@ func (w *worker) advance(b *batch) {
 			w.dropBatch(b)
 		case len(b.thawed) == len(b.members):
 			b.stage = batchUnwinding
+			for _, s := range b.members {
+				s.attempt = 0
+			}
 			w.advance(b)
 		}
 	case batchUnwinding:
@@ -308,19 +311,22 @@ func (w *worker) dropBatch(b *batch) {
 	w.replay(b)
 }
 
-// replay handles what came while the attempt was undone.
+// replay handles the FREEZEs that came while the attempt was undone. One of them may
+// have to wait for another group's attempt as well.
 func (w *worker) replay(b *batch) {
 	list := b.deferred
 	b.deferred = nil
-	if w.gone != nil {
-		return
-	}
 	for _, m := range list {
-		switch m.Type {
-		case wire.TypeFreeze:
-			w.freeze(m)
-		case wire.TypeThaw:
-			w.thaw(m)
+		rest := *m
+		rest.Refs = nil
+		for _, r := range m.Refs {
+			if s := w.sessions[r.ID]; s != nil && s.next == r.Epoch { // not called off, not overtaken
+				s.next = 0
+				rest.Refs = append(rest.Refs, r)
+			}
+		}
+		if w.gone == nil {
+			w.freeze(&rest)
 		}
 	}
 }

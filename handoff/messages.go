@@ -169,11 +169,11 @@ func (w *worker) freeze(m *wire.Message) {
 	var list []*session
 	for _, r := range m.Refs {
 		s := w.sessions[r.ID]
-		if s == nil || s.phase == phaseAdopted || s.phase == phaseClosing || r.Epoch <= s.seen {
+		if !s.freezable(r.Epoch) {
 			w.stale("FREEZE", r)
 			continue
 		}
-		s.attempt, s.seen, s.frozen = r.Epoch, r.Epoch, true
+		s.attempt, s.seen, s.next, s.frozen = r.Epoch, r.Epoch, 0, true
 		s.conn.freeze()
 		if j := s.join; j != nil {
 			s.join = nil
@@ -194,14 +194,20 @@ func (w *worker) freeze(m *wire.Message) {
 	}
 }
 
+// freezable reports that a FREEZE with this epoch is news for s, which may be nil.
+func (s *session) freezable(e wire.Epoch) bool {
+	return s != nil && s.phase != phaseAdopted && s.phase != phaseClosing && e > s.seen && e > s.next
+}
+
 // deferFreeze puts off a FREEZE that meets an earlier attempt of a group: a
 // supervisor that starts a new attempt has given up the old one, which has to be
 // undone first. A group of which PARKED was sent is only undone for all its members.
+// Until then next tells what is to come.
 func (w *worker) deferFreeze(m *wire.Message) bool {
 	var earlier []*batch
 	for _, r := range m.Refs {
 		s := w.sessions[r.ID]
-		if s == nil || s.batch == nil || r.Epoch <= s.seen {
+		if !s.freezable(r.Epoch) || s.batch == nil {
 			continue
 		}
 		if s.batch.stage == batchParked {
@@ -211,46 +217,43 @@ func (w *worker) deferFreeze(m *wire.Message) bool {
 			earlier = append(earlier, s.batch)
 		}
 	}
+	if b := w.batches[m.Group]; m.Group != "" && b != nil && !slices.Contains(earlier, b) && (b.last || b.stage != batchGathering) {
+		earlier = append(earlier, b) // its last part has come, so this is another attempt
+	}
 	for _, b := range earlier {
 		w.cancelBatch(b)
 		w.advance(b)
-		if w.batches[b.group] == b {
-			b.deferred = append(b.deferred, m)
-			return true
+	}
+	for _, b := range earlier {
+		if w.batches[b.group] != b {
+			continue
 		}
-	}
-	b := w.batches[m.Group]
-	if m.Group == "" || b == nil || b.stage == batchGathering && !b.last {
-		return false
-	}
-	w.cancelBatch(b)
-	if w.batches[m.Group] == b {
+		for _, r := range m.Refs {
+			if s := w.sessions[r.ID]; s.freezable(r.Epoch) {
+				s.next = r.Epoch
+			}
+		}
 		b.deferred = append(b.deferred, m)
 		return true
 	}
 	return false
 }
 
-// thaw calls off an attempt.
+// thaw calls off an attempt. One that had to wait had taken the place of the one in
+// force, which ends with it.
 func (w *worker) thaw(m *wire.Message) {
-	for i, r := range m.Refs {
+	for _, r := range m.Refs {
 		s := w.sessions[r.ID]
-		if s == nil {
+		if s == nil || r.Epoch == 0 || s.next != r.Epoch && s.attempt != r.Epoch {
 			w.stale("THAW", r)
 			continue
+		}
+		if s.next == r.Epoch {
+			s.next = 0
 		}
 		b := s.batch
-		if b != nil && r.Epoch > s.seen && len(b.deferred) > 0 {
-			rest := *m
-			rest.Refs = m.Refs[i : i+1]
-			b.deferred = append(b.deferred, &rest)
-			continue
-		}
-		if s.attempt == 0 || s.attempt != r.Epoch {
-			w.stale("THAW", r)
-			continue
-		}
 		switch {
+		case s.attempt == 0:
 		case b != nil && b.stage == batchParked:
 			b.thawed[s.id] = true
 			w.advance(b)
@@ -309,6 +312,8 @@ func (s *session) held() wire.Held {
 	switch {
 	case s.phase == phaseAdopted:
 		h.Phase = wire.PhaseAdopted
+	case s.next != 0:
+		h.Phase, h.Attempt = wire.PhaseFreezing, s.next
 	case s.attempt == 0:
 	case s.phase == phaseParked && s.sent == s.attempt:
 		h.Phase = wire.PhaseParked

@@ -52,6 +52,7 @@ type session struct {
 	owner   wire.Epoch // of the adoption
 	attempt wire.Epoch // of the FREEZE in force; 0: none
 	sent    wire.Epoch // of the last PARKED
+	next    wire.Epoch // of a FREEZE that waits until its group's last attempt is undone
 	seen    wire.Epoch // the highest ever; what is not above is stale
 	phase   phase
 	conn    *Conn
