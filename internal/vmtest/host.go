@@ -92,6 +92,19 @@ func (r *HostResult) Counts() Counts {
 	return sum
 }
 
+// Failures lists what failed, one line each.
+func (r *HostResult) Failures() []string {
+	list := slices.Clone(r.Failed)
+	for _, p := range r.Packages {
+		for _, t := range p.Tests {
+			if t.Status == Fail || t.Status == Unfinished {
+				list = append(list, fmt.Sprintf("%s %s: %s", p.Package, t.Name, t.Status))
+			}
+		}
+	}
+	return list
+}
+
 // hostLog collects the events of one go test.
 type hostLog struct {
 	say      func(format string, args ...any)

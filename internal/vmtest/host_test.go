@@ -37,6 +37,10 @@ func TestHostEvents(t *testing.T) {
 	if got, want := r.Counts(), (Counts{Passed: 1, Failed: 3, Skipped: 1}); got != want {
 		t.Errorf("counted %+v, want %+v", got, want)
 	}
+	failures := strings.Join(r.Failures(), "; ")
+	if want := "pidfd failed as a whole; ktls TestC: fail; state TestD: unfinished"; failures != want {
+		t.Errorf("failures %q, want %q", failures, want)
+	}
 	for _, want := range []string{"c_test.go:3: wrong", "undefined: y", "ktls  ", "pidfd  "} {
 		if !strings.Contains(said.String(), want) {
 			t.Errorf("nothing says %q:\n%s", want, said.String())

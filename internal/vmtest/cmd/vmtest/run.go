@@ -55,6 +55,9 @@ func (c *command) run(ctx context.Context) int {
 		}
 	}
 	if host != nil {
+		for _, line := range host.Failures() {
+			fmt.Fprintf(c.stdout, "host: PROBLEM: %s\n", line)
+		}
 		sum.Add(c.nowhere(host, guests))
 	}
 	if sum.Failed > 0 || sum.Passed == 0 {
