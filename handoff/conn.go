@@ -101,7 +101,7 @@ func (c *Conn) Interrupted() bool {
 }
 
 // Unread pushes bytes back; the next Read, here or in the next owner, returns them
-// first.
+// first. A session with more than 2 MiB of unread input cannot move.
 func (c *Conn) Unread(p []byte) { c.session().Unread(p) }
 
 // Hold says that the handler is not at a safe point: until release is called, Read

@@ -216,7 +216,7 @@ func (w *worker) frozenGroup(b *batch, blob []byte, err error) {
 	}
 	b.stage = batchExporting
 	for _, s := range b.members {
-		if s.phase == phaseIdle {
+		if s.phase == phaseIdle && b.stage == batchExporting {
 			w.park(s)
 		}
 	}

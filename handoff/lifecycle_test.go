@@ -655,26 +655,41 @@ func TestOutOfDescriptors(t *testing.T) {
 	s.say("now there is room", "now there is room")
 }
 
-func TestStateTooLarge(t *testing.T) {
-	h := newStepHandler()
-	p := startProc(t, h.serve)
-	s := software(t)
-	p.give(s)
-	h.wait(t)
-	go func() {
-		h.do <- func(ctx context.Context, c *Conn) error {
-			c.SetState(make([]byte, wire.MaxCargo+1))
-			return readMoving(ctx, c)
-		}
-	}()
-	p.refs(wire.TypeFreeze, s.ref(newEpoch()))
-	h.wait(t) // started again
-	h.do <- echoHandler
-	s.say("stays", "stays")
-	p.quiet(wire.TypeParked)
-	_ = s.cli.CloseWrite()
-	p.expectClosed(s, wire.ReasonPeer)
-	close(h.do)
+// What is too large to travel stays, and is served on.
+func TestTooLarge(t *testing.T) {
+	huge := strings.Repeat("x", 3<<20)
+	for name, tc := range map[string]struct {
+		f    func(*Conn)
+		want string
+	}{
+		"state":  {func(c *Conn) { c.SetState(make([]byte, wire.MaxCargo+1)) }, ""},
+		"unread": {func(c *Conn) { c.Unread([]byte(huge)) }, huge},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newStepHandler()
+			p := startProc(t, h.serve)
+			s := software(t)
+			p.give(s)
+			h.wait(t)
+			go func() {
+				h.do <- func(ctx context.Context, c *Conn) error {
+					<-c.Moving()
+					tc.f(c)
+					return readMoving(ctx, c)
+				}
+				h.do <- echoHandler
+			}()
+			p.refs(wire.TypeFreeze, s.ref(newEpoch()))
+			h.wait(t) // started again
+			if tc.want != "" {
+				s.read(tc.want)
+			}
+			s.say("stays", "stays")
+			p.quiet(wire.TypeParked)
+			_ = s.cli.CloseWrite()
+			p.expectClosed(s, wire.ReasonPeer)
+		})
+	}
 }
 
 func TestInventoryInParts(t *testing.T) {

@@ -159,8 +159,18 @@ func firstError(err, cause error) error {
 	return cause
 }
 
+// maxUnread bounds the input that a handler may have pushed back, in bytes, with
+// what the record layer has opened itself: the state of the record layer must stay
+// within what ktls.Import takes, or nobody could continue the session.
+const maxUnread = 2 << 20
+
 // park takes an idle session off its Conn.
 func (w *worker) park(s *session) {
+	if n := s.conn.session().Buffered(); n > maxUnread {
+		w.log.Error("session stays here: too much unread input to travel", "session", s.id, "bytes", n, "limit", maxUnread)
+		w.giveUp(s)
+		return
+	}
 	s.phase = phaseParking
 	go func() {
 		k, err := s.conn.detach()
