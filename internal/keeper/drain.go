@@ -68,7 +68,7 @@ func (dr *drain) run(name string, out *sink) {
 	defer dr.f.Close()
 	buf := make([]byte, maxLine)
 	n := 0 // bytes of an unfinished line in buf
-	emit := func(line []byte) { out.write(fmt.Appendf(nil, "%s: %s\n", name, line)) }
+	emit := func(line []byte) { out.write(fmt.Appendf(nil, "%s: %s\n", name, printable(line))) }
 	for {
 		m, err := dr.f.Read(buf[n:])
 		n += m
@@ -90,6 +90,17 @@ func (dr *drain) run(name string, out *sink) {
 			return // the worker closed its end, or stop
 		}
 	}
+}
+
+// printable makes what a worker printed safe for a terminal: it can neither drive
+// one nor pass for several lines.
+func printable(line []byte) []byte {
+	return bytes.Map(func(r rune) rune {
+		if r < ' ' && r != '\t' || r >= 0x7f && r < 0xa0 {
+			return '.'
+		}
+		return r
+	}, bytes.ToValidUTF8(bytes.TrimSuffix(line, []byte{'\r'}), []byte{'?'}))
 }
 
 // sink writes lines to Output in a goroutine of its own, so that an Output that
