@@ -92,10 +92,10 @@ func TestDrainLeavesFlagsAlone(t *testing.T) {
 // The output is mostly a terminal, and a worker may print anything.
 func TestDrainedLinesAreText(t *testing.T) {
 	for in, want := range map[string]string{
-		"plain\ttext, äöü":        "plain\ttext, äöü",
+		"plain\ttext, äöü":         "plain\ttext, äöü",
 		"\x1b[2J\x1b]0;title\x07x": ".[2J.]0;title.x",
-		"a\rb\r":                  "a.b",
-		"\xff\x00\u0085\x7f":      "?...",
+		"a\rb\r":                   "a.b",
+		"\xff\x00\u0085\x7f":       "?...",
 	} {
 		if got := string(printable([]byte(in))); got != want {
 			t.Errorf("printable(%q) = %q, want %q", in, got, want)
