@@ -5,7 +5,7 @@ BIN ?= bin
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 export KERNELS VMTEST_PKG VMTEST_RUN VMTEST_WITHOUT VMTEST_VERBOSE VMTEST_JSON VMTEST_MIRROR KERNEL MODULES
 
-.PHONY: help build demo test vmtest lint bench
+.PHONY: help build demo drill test vmtest lint bench
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,9 @@ build: ## bin/ktlsvisor and the example workers
 
 demo: build ## everything at once on this machine, with real clients
 	$(BIN)/ktlsvisor demo
+
+drill: build ## a thousand clients through upgrades and kills: how long anyone had to wait
+	$(GO) run ./internal/e2e/cmd/drill -bin $(BIN)
 
 test: ## vet, host tests with the race detector, then the guests
 	$(GO) vet ./...

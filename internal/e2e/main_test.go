@@ -31,7 +31,12 @@ func TestMain(m *testing.M) {
 	if name, ok := strings.CutPrefix(filepath.Base(os.Args[0]), rolePrefix); ok {
 		os.Exit(playRole(name))
 	}
-	var err error
+	// A program with the race detector otherwise waits for a second before it exits.
+	err := os.Setenv("GORACE", "atexit_sleep_ms=0")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 	if workDir, err = os.MkdirTemp("", "kve"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
