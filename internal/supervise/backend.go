@@ -30,7 +30,8 @@ type backend struct {
 	busy *admin.BusyError // replacing the supervisor
 }
 
-var errEnding = errors.New("this supervisor is being replaced; ask again")
+// errEnding has the client ask again: the successor answers.
+var errEnding = admin.ErrEnding
 
 func (b *backend) Status(ctx context.Context) (*admin.Status, error) {
 	var st *admin.Status

@@ -59,6 +59,7 @@ type Supervisor struct {
 	quiescing    bool // a successor is about to start: begin nothing new
 	stopping     bool
 	idle         []func() // called when nothing is under way
+	unanswered   []func() // questions that came while quiescing
 	recovery     *recovery
 	waitingReady func() // first start: called when every pool has a worker
 	allDead      func() // stop: called when no worker is left
@@ -141,6 +142,16 @@ func (s *Supervisor) pump() {
 			f()
 		}
 		s.idle = nil
+	}
+}
+
+// goOn undoes quiescing: there is no successor.
+func (s *Supervisor) goOn() {
+	s.quiescing = false
+	list := s.unanswered
+	s.unanswered = nil
+	for _, f := range list {
+		f()
 	}
 }
 

@@ -76,8 +76,20 @@ func (s *Supervisor) onGroup(w *worker, m *wire.Message) error {
 	if ss == nil || ss.owner != w {
 		return fmt.Errorf("%w: GROUP for session %s, which it does not own", wire.ErrProtocol, sid(ref.ID))
 	}
-	if ss.epoch != ref.Epoch || ss.attempt != nil || s.quiescing {
-		return nil // it is on its way elsewhere, or is asked for by a successor, and asks again then
+	if ss.epoch != ref.Epoch || ss.attempt != nil {
+		return nil // it is on its way elsewhere, and asks again there
+	}
+	if s.quiescing {
+		// A successor will be asked again, after its INVENTORY; if none comes about,
+		// this supervisor has to answer.
+		s.unanswered = append(s.unanswered, func() {
+			if s.sessions[ref.ID] == ss && ss.owner == w {
+				if err := s.onGroup(w, m); err != nil {
+					s.detach(w, err)
+				}
+			}
+		})
+		return nil
 	}
 	if ss.group != m.Group {
 		s.leaveGroup(ss)

@@ -192,3 +192,18 @@ func TestGroupsOwnerDies(t *testing.T) {
 		t.Errorf("counters %+v", c)
 	}
 }
+
+// A wish to join that comes while a successor is about to start is not lost when
+// that fails.
+func TestJoinDuringFailedSuccession(t *testing.T) {
+	u := newUnit(t)
+	w := u.worker(1)
+	ref := u.owned(w, true)
+	u.s.call(func() { u.s.quiescing = true })
+	w.send(&wire.Message{Type: wire.TypeGroup, Refs: refs(ref), Group: "room"})
+	u.silent(w)
+	u.s.call(u.s.goOn)
+	if m := w.expect(wire.TypeGrouped); m.Refs[0] != ref || m.Text != "" {
+		t.Fatalf("GROUPED %+v", m)
+	}
+}

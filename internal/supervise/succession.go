@@ -127,7 +127,7 @@ func readLate(fds []int) (*admission, error) {
 // after which this supervisor goes on as before.
 func (s *Supervisor) replaceSelf(ctx context.Context, p *process, say func(string)) (err error) {
 	if err := s.quiesce(ctx); err != nil {
-		s.call(func() { s.quiescing = false })
+		s.call(s.goOn)
 		return err
 	}
 	say("accepting is paused, nothing is under way; starting the successor")
@@ -146,7 +146,7 @@ func (s *Supervisor) replaceSelf(ctx context.Context, p *process, say func(strin
 					s.detach(w, errWorkerStuck)
 				}
 			}
-			s.quiescing = false
+			s.goOn()
 		})
 		s.front.start()
 	}
