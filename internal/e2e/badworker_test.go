@@ -173,6 +173,7 @@ func TestNewGenerationThatFailsInTheMiddleGivesEverythingBack(t *testing.T) {
 			}
 			t.Logf("%d moved and returned: %s", p.Moved, p.Error)
 			sameWorkers(t, before, u.settled(bystanders))
+			f.advance()
 			// The file is there again: the next one is good.
 			u.run(0, "upgrade")
 			allNew(t, before, visor.WorkerPIDs(u.settled(bystanders)))

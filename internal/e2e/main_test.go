@@ -222,15 +222,23 @@ func (f *fleet) stop() load.Report {
 	return f.Stop(ctx)
 }
 
-// advance waits until every client has had more echoes, on average, so that what
-// was done before is seen by them.
+// advance waits until every client has had echoes again, so that what was done
+// before is seen by all of them.
 func (f *fleet) advance() {
 	f.u.t.Helper()
-	was := f.Snapshot()
-	want := was.FramesChecked + int64(was.Alive)*3
-	eventually(f.u.t, "the clients to get more echoes", func() bool {
-		r := f.Snapshot()
-		return r.FramesChecked >= want || r.Alive == 0
+	eventually(f.u.t, "every client to get echoes", func() bool {
+		f.Phase("advance", false)
+		began := time.Now()
+		was := f.Snapshot()
+		want := was.FramesChecked + int64(was.Alive)*3
+		var r load.Report
+		eventually(f.u.t, "the clients to get more echoes", func() bool {
+			r = f.Snapshot()
+			return r.FramesChecked >= want || r.Alive == 0
+		})
+		// A frame that waited all this time, or still does, is of a client that stands
+		// still.
+		return r.Phases[len(r.Phases)-1].LongestStall < time.Since(began)
 	})
 }
 
