@@ -75,7 +75,7 @@ func TestWorkerThatBreaksTheProtocolKeepsItsSessions(t *testing.T) {
 			if err := u.Signal(culprit.PID, syscall.SIGUSR1); err != nil {
 				t.Fatal(err)
 			}
-			st = u.await("a detached worker, and another in its place", func(st *admin.Status) bool {
+			u.await("a detached worker, and another in its place", func(st *admin.Status) bool {
 				ready, detached := 0, 0
 				for _, w := range st.Pools[0].Workers {
 					switch {

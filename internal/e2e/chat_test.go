@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"crypto/tls"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"regexp"
 	"strconv"
@@ -12,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/admin"
 	"github.com/ktlsvisor/ktlsvisor/internal/e2e/visor"
 )
 
@@ -106,6 +108,62 @@ func TestHostChatLosesNoWordWhileEverythingIsReplaced(t *testing.T) {
 	u.run(0, "upgrade")
 	close(quiet)
 	talking.Wait()
+	u.everyWordOnce(talkers)
+}
+
+// The same while the supervisor is killed in the middle of upgrades: a room is
+// never split, and no word is said twice.
+func TestHostChatLosesNoWordWhenUpgradesAreCutShort(t *testing.T) {
+	const rooms, each = 3, 4
+	rounds := 8
+	if testing.Short() {
+		rounds = 3
+	}
+	u := start(t, visor.Options{Workers: 3, Command: []string{chat(t, "1")}})
+	var talkers []*talker
+	for r := range rooms {
+		for m := range each {
+			talkers = append(talkers, u.talker(fmt.Sprintf("r%dm%d", r, m), fmt.Sprintf("room%d", r)))
+		}
+	}
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 2))
+	for range rounds {
+		quiet := make(chan struct{})
+		var talking sync.WaitGroup
+		for _, k := range talkers {
+			talking.Go(func() { k.talk(quiet) })
+		}
+		running := make(chan visor.Result, 1)
+		go func() { running <- u.Run("upgrade") }()
+		u.await("the upgrade", func(st *admin.Status) bool { return st.Pools[0].Upgrading })
+		wait := time.NewTimer(time.Duration(rng.IntN(int(upgradeTime / 2))))
+		<-wait.C
+		u.killSupervisor()
+		<-running
+		u.await("workers of the serving generation", func(st *admin.Status) bool {
+			return visor.Settled(st) && st.Sessions.Total == len(talkers) && len(st.Pools[0].Workers) == 3
+		})
+		close(quiet)
+		talking.Wait()
+		for _, from := range talkers {
+			for _, to := range talkers {
+				if from != to && from.room == to.room {
+					to.heardAll(from, from.said)
+				}
+			}
+		}
+		if t.Failed() {
+			return
+		}
+	}
+	u.everyWordOnce(talkers)
+}
+
+// everyWordOnce ends a chat in which nothing may have been lost.
+func (u *unit) everyWordOnce(talkers []*talker) {
+	u.t.Helper()
 	for _, from := range talkers {
 		for _, to := range talkers {
 			want := 0
@@ -119,16 +177,14 @@ func TestHostChatLosesNoWordWhileEverythingIsReplaced(t *testing.T) {
 		k.say("/quit")
 		k.await("* bye")
 		if k.said < 10 {
-			t.Errorf("%s said %d lines only", k.nick, k.said)
+			u.t.Errorf("%s said %d lines only", k.nick, k.said)
 		}
 	}
 	st := u.settled(0)
 	if c := st.Counters; c.Lost+c.Interrupted+c.ClosedUnknown != 0 {
-		t.Errorf("counters %+v", c)
+		u.t.Errorf("counters %+v", c)
 	}
-	for _, k := range talkers {
-		t.Logf("%s said %d lines", k.nick, k.said)
-	}
+	u.t.Logf("each said some %d lines", talkers[0].said)
 }
 
 // A talker is a member that numbers what it says and keeps what it hears.

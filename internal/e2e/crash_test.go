@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"errors"
 	"math/rand/v2"
 	"os"
@@ -40,6 +41,66 @@ func TestHostKilledWorkerOfSoftwareLayerIsCountedAsLost(t *testing.T) {
 	r := f.stop()
 	if r.Lost != victim.Sessions || r.WrongBytes > 0 || r.Unclean > 0 {
 		t.Errorf("%d lost, %d wrong bytes, %d unclean; want %d lost and no more", r.Lost, r.WrongBytes, r.Unclean, victim.Sessions)
+	}
+}
+
+// A worker, old or new, is killed in the middle of an upgrade. In the software layer
+// its sessions are lost, and the upgrade says so with exit code 3; the supervisor's
+// account is that of the clients, and everybody else lives.
+func TestHostWorkerKilledInTheMiddleOfAnUpgradeIsAccountedFor(t *testing.T) {
+	for _, which := range []string{"old", "new"} {
+		t.Run(which, func(t *testing.T) {
+			dir := tempDir(t)
+			u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{role(t, "stubborn"), dir}, "", "offload = \"software\"\nfreeze_timeout = \"100ms\"")}})
+			f := u.fleet(bystanders)
+			before := visor.WorkerPIDs(u.settled(bystanders))
+			s := u.stubborn(dir)
+			running := make(chan visor.Result, 1)
+			go func() { running <- u.Run("upgrade", "--wait", "20s", "--json") }()
+			// All but the stubborn one have moved: that is the middle.
+			var victim admin.WorkerStatus
+			u.await("the middle of the upgrade", func(st *admin.Status) bool {
+				left := 0
+				for _, w := range st.Pools[0].Workers {
+					old := slices.Contains(before, w.PID)
+					if old {
+						left += w.Sessions
+					}
+					if old == (which == "old") && w.Sessions > 0 {
+						victim = w
+					}
+				}
+				return left == 1 && victim.Sessions > 0
+			})
+			if err := u.KillProcess(victim.PID); err != nil {
+				t.Fatal(err)
+			}
+			lost := victim.Sessions
+			if which == "new" {
+				s.yield()
+			}
+			r := <-running
+			var rep admin.UpgradeReport
+			if err := json.Unmarshal([]byte(r.Stdout), &rep); err != nil || r.Code != 3 || rep.Pools[0].Lost != lost {
+				t.Errorf("want exit code 3 and %d lost (%v): %s", lost, err, r)
+			}
+			st := u.await("everything to be in order again", func(st *admin.Status) bool {
+				return visor.Settled(st) && len(st.Pools[0].Workers) == 2 && st.Sessions.Total == bystanders+1-lost
+			})
+			if st.Counters.Lost != uint64(lost) {
+				t.Errorf("counters %+v, want %d lost", st.Counters, lost)
+			}
+			if which == "old" {
+				lost-- // the stubborn one, which is none of the fleet
+			} else {
+				s.talk()
+			}
+			eventually(t, "the clients to see what the supervisor counts", func() bool { return f.Snapshot().Lost == lost })
+			f.advance()
+			if rep := f.stop(); rep.Lost != lost || rep.WrongBytes > 0 || rep.Unclean > 0 {
+				t.Errorf("%d of the fleet should be lost: %v", lost, rep.Err())
+			}
+		})
 	}
 }
 
@@ -100,7 +161,7 @@ func TestSupervisorKilledInTheMiddleOfAnUpgrade(t *testing.T) {
 		before := visor.WorkerPIDs(u.settled(clients))
 		running := make(chan visor.Result, 1)
 		go func() { running <- u.Run("upgrade") }()
-		st := u.await("the upgrade to begin", func(st *admin.Status) bool {
+		u.await("the upgrade to begin", func(st *admin.Status) bool {
 			return st.Pools[0].Upgrading || !slices.Equal(visor.WorkerPIDs(st), before)
 		})
 		// Somewhere in the start of the workers, the move, or just after it.
@@ -111,7 +172,7 @@ func TestSupervisorKilledInTheMiddleOfAnUpgrade(t *testing.T) {
 		if r.Code != 0 && r.Code != 1 {
 			t.Errorf("round %d: the interrupted upgrade: %s", round, r)
 		}
-		st = u.await("workers of the serving generation, and no session without one", func(st *admin.Status) bool {
+		st := u.await("workers of the serving generation, and no session without one", func(st *admin.Status) bool {
 			return visor.Settled(st) && st.Sessions.Total == clients && len(st.Pools[0].Workers) == 2
 		})
 		if st.Counters.Lost != 0 {
