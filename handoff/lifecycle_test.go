@@ -97,7 +97,7 @@ func TestThawOfParked(t *testing.T) {
 	go func() {
 		h.do <- func(_ context.Context, c *Conn) error {
 			c.SetState([]byte("kept"))
-			return readMoving(nil, c)
+			return readMoving(context.TODO(), c)
 		}
 	}()
 	e := p.freeze(s)

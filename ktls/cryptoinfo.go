@@ -1,7 +1,6 @@
 package ktls
 
 import (
-	"crypto/subtle"
 	"crypto/tls"
 	"encoding/binary"
 	"fmt"
@@ -128,11 +127,6 @@ func (ci *cryptoInfo) pack(version, suite uint16, key, iv []byte, seq uint64) er
 // seq is the sequence number of the next record.
 func (ci *cryptoInfo) seq() uint64 {
 	return binary.BigEndian.Uint64(ci.buf[ci.n-recSeqLen:])
-}
-
-// equal compares two sets of keys in constant time.
-func (ci *cryptoInfo) equal(o *cryptoInfo) bool {
-	return ci.n == o.n && subtle.ConstantTimeCompare(ci.bytes(), o.bytes()) == 1
 }
 
 // kernelVersion reads what version and cipher a direction of a socket has, without

@@ -114,6 +114,7 @@ func (f *facts) connectionState() tls.ConnectionState {
 		}
 		return out
 	}
+	//lint:ignore SA1019 crypto/tls still sets the deprecated field, so we do
 	cs := tls.ConnectionState{
 		Version: f.Version, CipherSuite: f.Suite, HandshakeComplete: true,
 		ServerName: f.ServerName, NegotiatedProtocol: f.Protocol, NegotiatedProtocolIsMutual: true,

@@ -28,7 +28,6 @@ const patience = 10 * time.Second
 type memStore struct {
 	mu      sync.Mutex
 	entries map[keeper.Key]keeper.Entry
-	shut    map[uint64]bool
 }
 
 func newMemStore() *memStore { return &memStore{entries: map[keeper.Key]keeper.Entry{}} }

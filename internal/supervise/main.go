@@ -31,10 +31,6 @@ const successorTimeout = 20 * time.Second
 // bootTimeout bounds what the start asks of the keeper.
 const bootTimeout = 30 * time.Second
 
-// errFirstStart marks what ends the whole unit when it happens at the first
-// start; later on it only ends this supervisor, and the keeper tries another.
-var errFirstStart = errors.New("cannot start")
-
 // Main is the supervisor process: started by the keeper, or by a supervisor that
 // it is to follow. It returns the process's exit code.
 func Main(ctx context.Context, log hclog.Logger, version string) int {

@@ -42,7 +42,6 @@ type upgrade struct {
 	err        error
 	report     admin.PoolReport
 	stalls     []float64 // milliseconds, FREEZE to commit
-	asked      int
 	progress   func(admin.Progress)
 	finished   func(*admin.PoolReport)
 	lastWord   time.Time
