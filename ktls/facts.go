@@ -114,11 +114,12 @@ func (f *facts) connectionState() tls.ConnectionState {
 		}
 		return out
 	}
-	//lint:ignore SA1019 crypto/tls still sets the deprecated field, so we do
 	cs := tls.ConnectionState{
 		Version: f.Version, CipherSuite: f.Suite, HandshakeComplete: true,
-		ServerName: f.ServerName, NegotiatedProtocol: f.Protocol, NegotiatedProtocolIsMutual: true,
-		DidResume: f.Resumed, CurveID: tls.CurveID(f.Curve), ECHAccepted: f.ECH, HelloRetryRequest: f.HRR,
+		ServerName: f.ServerName, NegotiatedProtocol: f.Protocol,
+		//lint:ignore SA1019 crypto/tls still sets the deprecated field, so we do
+		NegotiatedProtocolIsMutual: true,
+		DidResume:                  f.Resumed, CurveID: tls.CurveID(f.Curve), ECHAccepted: f.ECH, HelloRetryRequest: f.HRR,
 		SignedCertificateTimestamps: slices.Clone(f.SCTs), OCSPResponse: slices.Clone(f.OCSP),
 		TLSUnique:        slices.Clone(f.TLSUnique),
 		PeerCertificates: certs(f.Peer),
