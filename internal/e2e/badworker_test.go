@@ -231,3 +231,37 @@ func TestWorkerThatDoesNotEndIsKilled(t *testing.T) {
 	f.intact()
 	u.addsUp(bystanders)
 }
+
+// A unit whose workers do not get ready when it is started says so, answers, takes
+// an upgrade to a good program, lets early clients wait meanwhile, and can be
+// stopped.
+func TestUnitThatStartsWithABadWorkerRecovers(t *testing.T) {
+	dir := tempDir(t)
+	if err := os.WriteFile(filepath.Join(dir, "sick"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	u := start(t, visor.Options{Command: []string{role(t, "dies-young"), dir}, NotReady: true})
+	u.awaitLog("ended before it was ready")
+	st := u.await("the listener", func(st *admin.Status) bool { return len(st.Listeners) == 1 })
+	u.Addr = st.Listeners[0].Address
+	early := make(chan error, 1)
+	go func() { early <- u.echoOnce("anybody there?") }()
+	if err := os.Remove(filepath.Join(dir, "sick")); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-early; err != nil {
+		t.Errorf("the client that came too early: %v", err)
+	}
+	u.settled(0)
+	if err := u.Stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestUnitThatNeverHadAWorkerCanBeStopped(t *testing.T) {
+	u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{role(t, "silent")}, "", `ready_timeout = "300ms"`)}, NotReady: true})
+	u.awaitLog("worker did not get ready in time")
+	if err := u.Stop(); err != nil {
+		t.Error(err)
+	}
+}

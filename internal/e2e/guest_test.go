@@ -103,6 +103,9 @@ func TestKernelLayerOutlivesEveryProcess(t *testing.T) {
 			t.Errorf("%v; reasons: %v", err, r.LostReasons)
 		}
 		for _, p := range r.Phases {
+			if p.Name == advancing {
+				continue
+			}
 			t.Logf("%-26s lost %d, interrupted %d, wrong bytes %d, longest stall %v (own pause %v)",
 				p.Name, p.Lost, p.Interrupted, p.WrongBytes, p.LongestStall, p.ClientPause)
 		}

@@ -222,12 +222,15 @@ func (f *fleet) stop() load.Report {
 	return f.Stop(ctx)
 }
 
+// advancing is the name of the phases that advance makes.
+const advancing = "advance"
+
 // advance waits until every client has had echoes again, so that what was done
 // before is seen by all of them.
 func (f *fleet) advance() {
 	f.u.t.Helper()
 	eventually(f.u.t, "every client to get echoes", func() bool {
-		f.Phase("advance", false)
+		f.Phase(advancing, false)
 		began := time.Now()
 		was := f.Snapshot()
 		want := was.FramesChecked + int64(was.Alive)*3
