@@ -211,11 +211,32 @@ func (s *Supervisor) stepUpgrade(p *pool) {
 				return // its death is awaited
 			}
 		}
-		if p.starting > 0 {
+		if p.starting > 0 || s.undecided(p, now) {
 			return
 		}
 		s.endUpgrade(op)
 	}
+}
+
+// deathAfterEOF is how long the death of a worker that closed its channel may take
+// to be seen.
+const deathAfterEOF = time.Second
+
+// undecided says whether the fate of sessions is still being found out, without
+// which the report would be wrong: a worker that is most likely dead, or sessions of
+// a dead one whose connections are being looked at.
+func (s *Supervisor) undecided(p *pool, now time.Time) bool {
+	for _, w := range p.workers {
+		if w.state == workerDetached && len(w.sessions) > 0 && now.Sub(w.closedAt) < deathAfterEOF {
+			return true
+		}
+	}
+	for _, ss := range s.sessions {
+		if ss.pool == p && ss.owner == nil && ss.attempt == nil && p.parked[ss.id] == nil {
+			return true
+		}
+	}
+	return false
 }
 
 func (s *Supervisor) poolSessions(p *pool) (n int) {
@@ -275,6 +296,12 @@ func (s *Supervisor) upgradeWorkerDied(p *pool, op *upgrade, w *worker, was work
 func (s *Supervisor) endUpgrade(op *upgrade) {
 	p, r := op.pool, &op.report
 	p.op = nil
+	r.Stayed = 0 // some may have moved, or died, since the time was up
+	for _, w := range p.workers {
+		if w.gen != p.serving {
+			r.Stayed += len(w.sessions)
+		}
+	}
 	for _, w := range sortedWorkers(p.workers) {
 		if w.gen == p.serving && !slices.Contains(r.OldPIDs, w.pid) {
 			r.NewPIDs = append(r.NewPIDs, w.pid)

@@ -71,6 +71,7 @@ type worker struct {
 	deadline time.Time           // starting: ready by; stopping: kill then
 	killed   bool
 	eof      bool          // its channel ended
+	closedAt time.Time     // when it closed its channel itself: most likely it is dying
 	exited   bool          // it is dead
 	reader   chan struct{} // closed when the reading goroutine has ended
 
@@ -201,7 +202,7 @@ func (s *Supervisor) channelEnded(w *worker, ch *wire.Channel, err error) {
 		s.orphanParked(w)
 		s.closeChannel(w) // it is about to exit, or serves on without us
 		if w.state == workerReady || w.state == workerRetiring {
-			w.state = workerDetached
+			w.state, w.closedAt = workerDetached, s.now()
 			s.replaceLater(w.pool)
 		}
 	default:
