@@ -176,8 +176,64 @@ func TestFromFD(t *testing.T) {
 	}
 }
 
+// The pidfd that os/exec gives shares its open file description with os.Process, whose
+// Wait would leave a zombie behind if that became non-blocking.
+func TestFromFDLeavesTheOwnersFlagsAlone(t *testing.T) {
+	for _, closeFirst := range []bool{false, true} {
+		fd := -1
+		cmd := helperCommand("live")
+		cmd.Stderr = os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{PidFD: &fd}
+		stdin, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if fd < 0 {
+			_ = stdin.Close()
+			_ = cmd.Wait()
+			t.Skip("this kernel gives no pidfd with a new process")
+		}
+		p, err := FromFD(fd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		waited := make(chan error, 1)
+		go func() { waited <- cmd.Wait() }()
+		done := p.Done()
+		select {
+		case <-done:
+			t.Error("a live process counts as dead")
+		default:
+		}
+		if closeFirst {
+			if err := p.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := stdin.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := <-waited; err != nil {
+			t.Errorf("closed first: %v: Wait of the owner: %v", closeFirst, err)
+		}
+		if !closeFirst {
+			<-done
+		}
+		var ws syscall.WaitStatus
+		if _, err := syscall.Wait4(cmd.Process.Pid, &ws, syscall.WNOHANG, nil); !errors.Is(err, syscall.ECHILD) {
+			t.Errorf("closed first: %v: the child was not waited for: %v", closeFirst, err)
+		}
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // A pidfd from a process that made it without PIDFD_NONBLOCK is waited for in the
-// poller like one of ours.
+// poller like one of ours, stays as it is, and leaves nothing open.
 func TestFromFDMadeBlocking(t *testing.T) {
 	h, _ := start(t, "live")
 	p := open(t, h.pid())
@@ -188,10 +244,41 @@ func TestFromFDMadeBlocking(t *testing.T) {
 	if err := syscall.SetNonblock(fd, false); err != nil {
 		t.Fatal(err)
 	}
+	all := func() int {
+		dir, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(dir)
+	}
 	q, err := FromFD(fd)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = q.Close() }()
+	if nonblock, err := sys.IsNonblock(fd); err != nil || nonblock {
+		t.Errorf("non-blocking: %v, %v", nonblock, err)
+	}
 	kill(t, q)
+	h.end() // dead and waited for: still good for another one
+	before := all()
+	again, err := q.FD()
+	if err != nil {
+		t.Fatal(err)
+	}
+	last, err := FromFD(again)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := last.Wait(t.Context()); err != nil {
+		t.Error(err)
+	}
+	for _, c := range []io.Closer{q, last} {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	// q's pidfd and its epoll instance were open before.
+	if after := all(); after != before-2 {
+		t.Errorf("%d descriptors before, %d after", before, after)
+	}
 }

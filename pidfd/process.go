@@ -19,8 +19,9 @@ var ErrDead = os.ErrProcessDone
 // Process is one process, held by a pidfd. All methods may be called at the same
 // time by several goroutines.
 type Process struct {
-	f  *os.File
-	rc syscall.RawConn
+	f    *os.File // the pidfd
+	rc   syscall.RawConn
+	wait *os.File // what the poller waits for: f, or an epoll instance that watches it
 
 	watch  sync.Once
 	done   chan struct{} // closed when the process has died
@@ -51,10 +52,12 @@ func Open(pid int) (*Process, error) {
 	return newProcess(fd)
 }
 
-// FromFD makes a Process of a pidfd received from elsewhere. It takes ownership of
-// fd, also when it fails. It makes the open file description non-blocking, which
-// everyone who shares it sees: their waitid(P_PIDFD) then gives EAGAIN instead of
-// waiting. A descriptor that is no pidfd is refused.
+// FromFD makes a Process of a pidfd received from elsewhere, or of the one that
+// [syscall.SysProcAttr] gives. It takes ownership of fd, also when it fails. The flags
+// of the open file description stay as they are, because others may share it, and
+// O_NONBLOCK would make their waitid(P_PIDFD), for example that of [os.Process.Wait],
+// give EAGAIN. A pidfd that is blocking therefore costs one more descriptor. A
+// descriptor that is no pidfd is refused.
 func FromFD(fd int) (*Process, error) {
 	if fd < 0 {
 		return nil, fmt.Errorf("pidfd %d: %w", fd, syscall.EBADF)
@@ -63,33 +66,49 @@ func FromFD(fd int) (*Process, error) {
 		_ = sys.Close(fd)
 		return nil, err
 	}
-	if err := sys.SetNonblock(fd); err != nil {
-		_ = sys.Close(fd)
-		return nil, fmt.Errorf("pidfd: %w", err)
-	}
 	syscall.CloseOnExec(fd)
 	return newProcess(fd)
 }
 
-func newProcess(fd int) (*Process, error) {
-	// NewFile registers a non-blocking descriptor with Go's poller.
+// newProcess takes ownership of fd, also when it fails.
+func newProcess(fd int) (_ *Process, err error) {
 	f := os.NewFile(uintptr(fd), "pidfd")
 	if f == nil {
 		return nil, fmt.Errorf("pidfd %d: %w", fd, syscall.EBADF)
 	}
+	wait := f
+	defer func() {
+		if err != nil {
+			if wait != f {
+				_ = wait.Close()
+			}
+			_ = f.Close()
+		}
+	}()
+	// NewFile registers only non-blocking descriptors with Go's poller.
+	nonblock, err := sys.IsNonblock(fd)
+	if err != nil {
+		return nil, fmt.Errorf("pidfd: %w", err)
+	}
+	if !nonblock {
+		ep, err := sys.EpollReadable(fd)
+		if err != nil {
+			return nil, fmt.Errorf("pidfd: %w", err)
+		}
+		wait = os.NewFile(uintptr(ep), "pidfd's epoll")
+	}
 	// Without the poller a wait would block a thread; better to know now.
-	if err := f.SetReadDeadline(time.Time{}); err != nil {
-		_ = f.Close()
+	if err := wait.SetReadDeadline(time.Time{}); err != nil {
 		return nil, fmt.Errorf("pidfd cannot be waited for in the poller: %w", err)
 	}
 	rc, err := f.SyscallConn()
 	if err != nil {
-		_ = f.Close()
 		return nil, fmt.Errorf("pidfd: %w", err)
 	}
 	return &Process{
 		f:      f,
 		rc:     rc,
+		wait:   wait,
 		done:   make(chan struct{}),
 		closed: make(chan struct{}),
 		ended:  make(chan struct{}),
@@ -208,10 +227,13 @@ func (p *Process) watchDeath() {
 	defer close(p.ended)
 	var dead bool
 	var err error
-	rerr := p.rc.Read(func(fd uintptr) bool {
-		dead, err = sys.Readable(int(fd))
-		return dead || err != nil
-	})
+	rc, rerr := p.wait.SyscallConn()
+	if rerr == nil {
+		rerr = rc.Read(func(fd uintptr) bool {
+			dead, err = sys.Readable(int(fd))
+			return dead || err != nil
+		})
+	}
 	switch {
 	case dead:
 		close(p.done)
@@ -254,7 +276,10 @@ func (p *Process) Wait(ctx context.Context) error {
 func (p *Process) Close() error {
 	p.close.Do(func() {
 		close(p.closed)
-		p.err = p.f.Close()
+		if p.wait != p.f {
+			p.err = p.wait.Close()
+		}
+		p.err = errors.Join(p.err, p.f.Close())
 		// No goroutine may be started any more, and one that was must have ended.
 		p.watch.Do(func() { close(p.ended) })
 		<-p.ended

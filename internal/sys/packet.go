@@ -102,14 +102,16 @@ func (c *PacketConn) SetWriteDeadline(t time.Time) error { return c.f.SetWriteDe
 
 // Recv reads one message into buf and returns its length and the descriptors
 // that came with it, close-on-exec, which the caller owns. io.EOF means that the
-// peer is gone. On any error the descriptors of the message have been closed.
+// peer is gone and everything it sent was received. On any error the descriptors of the message have been closed.
 func (c *PacketConn) Recv(buf []byte) (n int, fds []int, err error) {
 	oob := make([]byte, unix.CmsgSpace(4*MaxFDs))
 	var flags, oobn int
 	rerr := c.rc.Read(func(fd uintptr) bool {
 		for {
 			n, oobn, flags, _, err = unix.Recvmsg(int(fd), buf, oob, unix.MSG_CMSG_CLOEXEC)
-			if !errors.Is(err, unix.EINTR) {
+			// ECONNRESET says, once, that the peer closed with messages of ours unread;
+			// what it sent before is still there to be received.
+			if !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.ECONNRESET) {
 				break
 			}
 		}
@@ -119,10 +121,6 @@ func (c *PacketConn) Recv(buf []byte) (n int, fds []int, err error) {
 		return 0, nil, c.rawError(rerr)
 	}
 	if err != nil {
-		if errors.Is(err, unix.ECONNRESET) {
-			// The peer closed with messages of ours unread; nothing of its is left.
-			return 0, nil, io.EOF
-		}
 		return 0, nil, fmt.Errorf("recvmsg: %w", err)
 	}
 	fds, err = parseRights(oob[:oobn])
