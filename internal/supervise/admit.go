@@ -35,6 +35,9 @@ func (s *Supervisor) admitSession(a *admission) {
 		err = s.keepBigFacts(ss, a)
 	}
 	if err == nil {
+		_, err = s.led.facts(slot) // what cannot be read back would be a session nobody can adopt
+	}
+	if err == nil {
 		err = s.led.putRecord(slot, &a.record)
 	}
 	if err != nil {

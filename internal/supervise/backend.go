@@ -283,6 +283,11 @@ func (b *backend) Stop(ctx context.Context, grace time.Duration) error {
 
 // checkAllDead ends a stop when the last worker is gone.
 func (s *Supervisor) checkAllDead() {
+	for _, p := range s.pools {
+		if p.starting > 0 {
+			return
+		}
+	}
 	if s.allDead != nil && len(s.workers) == 0 {
 		s.allDead()
 		s.allDead = nil

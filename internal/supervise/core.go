@@ -57,6 +57,7 @@ type Supervisor struct {
 	attempts     map[*attempt]struct{}
 	groupMoves   map[*groupMove]struct{}
 	quiescing    bool // a successor is about to start: begin nothing new
+	holding      bool // nothing is under way, and nothing begins
 	stopping     bool
 	idle         []func() // called when nothing is under way
 	unanswered   []func() // questions that came while quiescing
@@ -128,9 +129,11 @@ func (s *Supervisor) pump() {
 	if s.recovery != nil {
 		return
 	}
-	if !s.quiescing {
-		for _, p := range s.pools {
+	for _, p := range s.pools {
+		if !s.holding {
 			s.placeParked(p)
+		}
+		if !s.quiescing {
 			s.emptyRetiring(p)
 		}
 	}
@@ -138,6 +141,7 @@ func (s *Supervisor) pump() {
 		s.stepUpgrade(p)
 	}
 	if len(s.idle) > 0 && s.isIdle() {
+		s.holding = s.quiescing
 		for _, f := range s.idle {
 			f()
 		}
@@ -147,7 +151,7 @@ func (s *Supervisor) pump() {
 
 // goOn undoes quiescing: there is no successor.
 func (s *Supervisor) goOn() {
-	s.quiescing = false
+	s.quiescing, s.holding = false, false
 	list := s.unanswered
 	s.unanswered = nil
 	for _, f := range list {
@@ -163,6 +167,11 @@ func (s *Supervisor) isIdle() bool {
 	for _, p := range s.pools {
 		if p.starting > 0 || p.op != nil {
 			return false
+		}
+		for _, ss := range p.parked {
+			if ss.cargo.App != nil { // it is in this process's memory only
+				return false
+			}
 		}
 	}
 	for _, w := range s.workers {

@@ -50,6 +50,9 @@ func (s *Supervisor) joinGroup(ss *session) {
 		s.groups[k] = g
 	}
 	g.members[ss.id] = ss
+	if g.home == nil {
+		g.home = ss.owner
+	}
 }
 
 func (s *Supervisor) leaveGroup(ss *session) {
@@ -62,9 +65,12 @@ func (s *Supervisor) leaveGroup(ss *session) {
 	s.dropGroupIfEmpty(g)
 }
 
+// dropGroupIfEmpty forgets a group without members; who waits to join makes a new
+// one.
 func (s *Supervisor) dropGroupIfEmpty(g *group) {
-	if len(g.members) == 0 && g.move == nil && len(g.waiters) == 0 {
+	if len(g.members) == 0 && g.move == nil && s.groups[g.key] == g {
 		delete(s.groups, g.key)
+		s.wakeWaiters(g)
 	}
 }
 
@@ -127,6 +133,16 @@ func (s *Supervisor) tryJoin(ss *session, name string) {
 	}
 }
 
+// joinable says whether an attempt that brings a session to its group still goes
+// the right way.
+func (s *Supervisor) joinable(a *attempt, to *worker) bool {
+	if a.joins == "" {
+		return true
+	}
+	g := s.groups[groupKey{a.s.pool, a.joins}]
+	return g == nil || g.home == to && g.move == nil && to.state == workerReady
+}
+
 func (s *Supervisor) grouped(ss *session, name, refusal string) {
 	s.send(ss.owner, &wire.Message{Type: wire.TypeGrouped, Group: name, Text: wire.Clip(refusal),
 		Refs: []wire.Ref{{ID: ss.id, Epoch: ss.epoch}}})
@@ -134,9 +150,9 @@ func (s *Supervisor) grouped(ss *session, name, refusal string) {
 
 // wakeWaiters asks again for those that wanted to join while a group moved.
 func (s *Supervisor) wakeWaiters(g *group) {
+	s.dropGroupIfEmpty(g)
 	list := g.waiters
 	g.waiters = nil
-	s.dropGroupIfEmpty(g)
 	for _, ss := range list {
 		name := ss.wants
 		ss.wants = ""
@@ -150,7 +166,7 @@ func (s *Supervisor) wakeWaiters(g *group) {
 // sessions under way.
 func (s *Supervisor) freezeGroup(g *group) int {
 	from := g.home
-	if g.move != nil || from == nil || from.ch == nil {
+	if g.move != nil || from == nil || !from.usable() {
 		return 0
 	}
 	now := s.now()
@@ -308,7 +324,8 @@ func (s *Supervisor) abortGroup(gm *groupMove, why string) {
 		a.gm = nil
 		a.s.retryAt = retry
 		s.dropAttempt(a)
-		if o := a.s.owner; a.step != stepFreezing && (o == nil || o.state == workerDead) {
+		// One that cannot be thawed any more goes on from its parked state.
+		if o := a.s.owner; a.step != stepFreezing && (o == nil || o.state == workerDead || o.ch == nil) {
 			if o != nil {
 				delete(o.sessions, a.s.id)
 				a.s.owner, a.s.flags = nil, a.flags

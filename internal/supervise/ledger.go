@@ -92,9 +92,23 @@ type facts struct {
 // record is the record state of a parked session, and the traffic secrets of one
 // in the kernel layer. It is void from the moment before RESUME is sent in the
 // software layer (I5).
+//
+// In the kernel layer Record stays what it was after the handshake: it holds no
+// sequence number, so it is good for the adoption after any later crash. Parked is
+// what an owner parked since, with bytes that are read or sent once only; it is
+// void as soon as somebody owns the session again.
 type record struct {
 	Record  []byte `cbor:"1,keyasint,omitempty"`
 	Secrets []byte `cbor:"2,keyasint,omitempty"`
+	Parked  []byte `cbor:"3,keyasint,omitempty"`
+}
+
+// current is the record state that the next owner gets.
+func (r *record) current() []byte {
+	if r.Parked != nil {
+		return r.Parked
+	}
+	return r.Record
 }
 
 var errTooLarge = errors.New("too large for its place in the ledger")

@@ -135,15 +135,18 @@ func dupFile(f *os.File) (fd int, err error) {
 func (s *Supervisor) boot(p *process) (first bool, err error) {
 	ctx, cancel := context.WithTimeout(s.ctx, bootTimeout)
 	defer cancel()
-	if s.incarnation, err = p.client.Lead(ctx); err != nil {
-		return false, err
-	}
+	// What can fail because this program is another than the one before comes before
+	// taking the lead: the predecessor, or another start, then goes on.
 	blobs, err := readBlobs(ctx, p.client)
 	if err != nil {
 		return false, err
 	}
 	if s.cfg, err = config.Decode(blobs[ConfigName].data); err != nil {
-		return true, err
+		old, lerr := p.client.List(ctx, keeper.KindLedger)
+		return lerr == nil && len(old) == 0, err
+	}
+	if s.incarnation, err = p.client.Lead(ctx); err != nil {
+		return false, err
 	}
 	s.retain = newRetainer(p.client, s.post)
 	first, err = s.openLedger(ctx)

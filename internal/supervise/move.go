@@ -73,7 +73,7 @@ func (s *Supervisor) emptyRetiring(p *pool) {
 			}
 			continue
 		}
-		if w.ch == nil || p.target() == nil {
+		if !w.usable() || p.target() == nil {
 			continue
 		}
 		room := window
@@ -170,6 +170,10 @@ func (s *Supervisor) onParked(w *worker, m *wire.Message) error {
 		}
 		a.cargo = wire.Cargo{Record: it.Cargo.Record, App: it.Cargo.App}
 		a.flags = wire.FlagRestored
+		if !s.joinable(a, a.dest) {
+			s.giveUp(a, "the group it wants to join has moved")
+			continue
+		}
 		to := a.dest
 		if to == nil || !to.usable() {
 			to = w.pool.targetFor(ss)
@@ -201,6 +205,10 @@ func (s *Supervisor) onAdopted(w *worker, m *wire.Message) error {
 		if a.gm != nil {
 			a.adopted = true
 			s.groupProgress(a.gm)
+			continue
+		}
+		if !s.joinable(a, w) {
+			s.giveUp(a, "the group it wants to join has moved")
 			continue
 		}
 		from := a.from
@@ -237,13 +245,35 @@ func (s *Supervisor) commit(a *attempt) {
 		ss.group = a.joins
 		s.joinGroup(ss)
 	}
-	if ss.software {
-		s.led.voidRecord(ss.slot) // from here on only the owner knows its sequence numbers
-	}
 	s.led.put(ss.slot, ss.slotEntry())
+	s.voidParked(ss) // after the commit: a crash between the two must leave one or the other
 	a.gm = nil
 	s.dropAttempt(a)
 	wipe(a.cargo.Record)
+	if g := s.groupOf(ss); g != nil {
+		s.joinGroup(ss)
+		if g.home == ss.owner && g.move == nil && len(g.waiters) > 0 {
+			s.wakeWaiters(g) // it has found a home
+		}
+	}
+}
+
+// voidParked makes sure that nothing of a parked state is ever used again: from
+// here on only the owner knows which bytes and sequence numbers are spent (I5).
+func (s *Supervisor) voidParked(ss *session) {
+	if ss.software {
+		s.led.voidRecord(ss.slot)
+		return
+	}
+	r, err := s.led.record(ss.slot)
+	if err != nil || r.Parked == nil {
+		return
+	}
+	r.Parked = nil
+	if err := s.led.putRecord(ss.slot, r); err != nil {
+		s.led.voidRecord(ss.slot)
+		s.log.Error("session cannot be adopted after a crash of its worker", "session", sid(ss.id), "error", err)
+	}
 }
 
 func (s *Supervisor) onRefused(w *worker, m *wire.Message) error {
@@ -274,6 +304,9 @@ func (s *Supervisor) giveUp(a *attempt, why string) {
 	ss := a.s
 	if op := ss.pool.op; op != nil {
 		op.reason(why)
+		if a.to != nil && a.to.gen == op.to {
+			op.trouble = why
+		}
 	}
 	if a.to != nil && a.step == stepAdopting {
 		s.sendRefs(a.to, wire.TypeAbort, []wire.Ref{{ID: ss.id, Epoch: a.epoch}})
@@ -288,13 +321,15 @@ func (s *Supervisor) giveUp(a *attempt, why string) {
 		s.sendRefs(a.from, wire.TypeThaw, []wire.Ref{{ID: ss.id, Epoch: a.epoch}})
 		return
 	}
-	ss.refusals++
+	if p := ss.pool; p.starting == 0 && p.op == nil && p.restartAt.IsZero() && p.count(p.serving, workerReady) >= p.cfg.Workers {
+		ss.refusals++ // nobody else is to come who might take it
+	}
 	if ss.refusals >= maxRefusals {
 		wipe(a.cargo.Record)
 		s.lose(ss, fmt.Sprintf("no worker could take it (%d tried); the last said: %s", ss.refusals, why))
 		return
 	}
-	ss.retryAt = s.now().Add(100 * time.Millisecond)
+	ss.retryAt = s.now().Add(min(100*time.Millisecond<<ss.refusals, 2*time.Second))
 	s.park(ss, a.cargo, a.flags)
 }
 
@@ -310,7 +345,11 @@ func (s *Supervisor) attemptTimedOut(a *attempt) {
 	case a.step == stepFreezing:
 		s.giveUp(a, "no safe point within freeze_timeout")
 	default:
+		to := a.to
 		s.refuse(a, "the new worker did not answer in time")
+		if op := to.pool.op; op != nil && to.gen == op.to && op.phase == opMoving {
+			s.failUpgrade(op, fmt.Errorf("worker (pid %d) of generation %d does not answer", to.pid, to.gen))
+		}
 	}
 }
 
@@ -373,7 +412,7 @@ func (s *Supervisor) putParked(ss *session, rec []byte) {
 	if err != nil {
 		r = &record{}
 	}
-	r.Record = rec
+	r.Parked = rec
 	if err := s.led.putRecord(ss.slot, r); err != nil {
 		s.log.Warn("the state of a parked session is not kept over a restart of the supervisor", "session", sid(ss.id), "error", err)
 	}

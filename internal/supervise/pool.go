@@ -78,7 +78,7 @@ func (p *pool) target() *worker {
 	var best *worker
 	var ready []*worker
 	for _, w := range sortedWorkers(p.workers) {
-		if w.gen != p.serving || w.state != workerReady || w.ch == nil {
+		if w.gen != p.serving || w.state != workerReady || !w.usable() {
 			continue
 		}
 		ready = append(ready, w)
@@ -98,7 +98,7 @@ func (p *pool) target() *worker {
 func (p *pool) targetFor(ss *session) *worker {
 	var best *worker
 	for _, w := range sortedWorkers(p.workers) {
-		if w.gen == p.serving && w.state == workerReady && w.ch != nil && !slices.Contains(ss.refusedBy, w.id) &&
+		if w.gen == p.serving && w.state == workerReady && w.usable() && !slices.Contains(ss.refusedBy, w.id) &&
 			(best == nil || w.load() < best.load()) {
 			best = w
 		}
@@ -125,7 +125,10 @@ func (p *pool) count(gen uint32, states ...workerState) (n int) {
 }
 
 func (s *Supervisor) onHello(w *worker, h *wire.Hello) error {
-	if w.state != workerStarting {
+	switch {
+	case w.state == workerStopping:
+		return nil // it crossed our STOP
+	case w.state != workerStarting || w.greeted:
 		return fmt.Errorf("%w: a second HELLO", wire.ErrProtocol)
 	}
 	if h.Min > wire.Version || h.Max < wire.Version {
@@ -134,9 +137,16 @@ func (s *Supervisor) onHello(w *worker, h *wire.Hello) error {
 	for _, sc := range h.Schemas {
 		w.schemas = append(w.schemas, state.Info{Name: sc.Name, Writes: sc.Writes, Restores: sc.Restores})
 	}
+	w.greeted = true
+	if w.retained {
+		s.welcome(w)
+	}
+	return nil
+}
+
+func (s *Supervisor) welcome(w *worker) {
 	s.send(w, &wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: wire.Version, Worker: w.id,
 		Pool: w.pool.name, Generation: w.gen, FreezeTimeout: time.Duration(w.pool.cfg.FreezeTimeout).Milliseconds()}})
-	return nil
 }
 
 func (s *Supervisor) onReady(w *worker) error {
@@ -146,13 +156,13 @@ func (s *Supervisor) onReady(w *worker) error {
 	if w.state != workerStarting {
 		return nil // told to stop meanwhile
 	}
-	w.state, w.deadline = workerReady, time.Time{}
+	if !w.greeted || !w.retained {
+		return fmt.Errorf("%w: READY before WELCOME", wire.ErrProtocol)
+	}
+	w.state, w.deadline, w.readyAt = workerReady, time.Time{}, s.now()
 	s.log.Info("worker ready", "pool", w.pool.name, "pid", w.pid, "generation", w.gen)
 	if err := s.keepChannel(w); err != nil {
 		s.log.Error("worker is not kept over a restart of the supervisor", "pid", w.pid, "error", err)
-	}
-	if w.gen == w.pool.serving {
-		w.pool.failures = 0
 	}
 	s.readyChanged()
 	return nil
@@ -167,7 +177,7 @@ func (s *Supervisor) keepChannel(w *worker) error {
 	if err != nil {
 		return err
 	}
-	return s.retainWorker(w, fd)
+	return s.retainWorker(w, fd, nil)
 }
 
 // fill starts what is missing of the serving generation.
@@ -189,20 +199,34 @@ func (s *Supervisor) fill(p *pool) {
 // started, or ended before it was ready.
 func (s *Supervisor) startFailed(p *pool, err error) {
 	p.failures++
-	hint := ""
+	args := []any{"pool", p.name, "failures", p.failures, "error", err}
 	if errors.Is(err, os.ErrPermission) || errors.Is(err, os.ErrNotExist) {
-		hint = "is the program there, executable and for this architecture?"
+		args = append(args, "hint", "is the program there, executable and for this architecture?")
 	}
-	s.log.Error("worker cannot be started; trying again", "pool", p.name, "failures", p.failures, "error", err, "hint", hint)
+	s.log.Error("worker cannot be started; trying again", args...)
 	s.replaceLater(p)
 }
 
-// replaceLater plans a start: at once after the first death, then after 100 ms,
-// doubling up to 5 s.
+// healthy is how long a worker must have served for its end not to count as one
+// more failure in a row.
+const healthy = 5 * time.Second
+
+// gone plans the replacement of a worker that was ready and died, or was detached.
+func (s *Supervisor) gone(w *worker) {
+	if s.now().Sub(w.readyAt) < healthy {
+		w.pool.failures++
+	} else {
+		w.pool.failures = 0
+	}
+	s.replaceLater(w.pool)
+}
+
+// replaceLater plans a start: at once after the first failure in a row, then after
+// 100 ms, doubling up to 5 s.
 func (s *Supervisor) replaceLater(p *pool) {
 	wait := time.Duration(0)
-	if p.failures > 0 {
-		wait = min(100*time.Millisecond<<min(p.failures-1, 10), 5*time.Second)
+	if p.failures > 1 {
+		wait = min(100*time.Millisecond<<min(p.failures-2, 10), 5*time.Second)
 	}
 	p.restartAt = s.now().Add(wait)
 }
@@ -254,8 +278,10 @@ func (s *Supervisor) workerDied(w *worker) {
 	if w.gen == p.serving && !expected && !s.stopping {
 		if was == workerStarting {
 			s.startFailed(p, fmt.Errorf("worker (pid %d) ended before it was ready: look at what it printed", w.pid))
-		} else {
-			s.replaceLater(p)
+		} else if w.broke != nil && was == workerStopping {
+			s.startFailed(p, fmt.Errorf("worker (pid %d): %w", w.pid, w.broke))
+		} else if was != workerDetached { // that was replaced already
+			s.gone(w)
 		}
 	}
 }

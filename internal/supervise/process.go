@@ -53,21 +53,17 @@ func startProcess(command []string, dir string, env []string, nofile uint64) (_ 
 			return nil, err
 		}
 	}
-	fd := -1
 	cmd := exec.Command(command[0], command[1:]...)
 	cmd.Dir, cmd.Env = dir, env
 	cmd.Stdout, cmd.Stderr = writers[0], writers[1]
 	cmd.ExtraFiles = []*os.File{peer} // descriptor 3, wire.ChannelFD
 	// A process group of its own: Ctrl-C at the terminal is not meant for workers.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, PidFD: &fd}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err = cmd.Start(); err != nil {
 		return nil, err
 	}
-	if fd >= 0 {
-		sp.proc, err = pidfd.FromFD(fd)
-	} else {
-		sp.proc, err = pidfd.Open(cmd.Process.Pid)
-	}
+	// The pid is the child's for certain: nobody has waited for it yet.
+	sp.proc, err = pidfd.Open(cmd.Process.Pid)
 	if err == nil && nofile > 0 {
 		err = sys.SetRlimitNofile(cmd.Process.Pid, nofile)
 	}
@@ -114,6 +110,7 @@ func (s *Supervisor) spawn(p *pool, gen uint32, command []string, then func(*wor
 		sp, err := startProcess(command, cfg.Dir, workerEnv(cfg.Env), cfg.NoFile)
 		s.post(func() {
 			p.starting--
+			defer s.checkAllDead()
 			if err != nil {
 				then(nil, fmt.Errorf("pool %s: start %s: %w", p.name, command[0], err))
 				return
@@ -133,7 +130,7 @@ func (s *Supervisor) attachSpawned(p *pool, id uint64, gen uint32, command []str
 	}()
 	keep, err := sys.Dup(sp.chFD)
 	if err == nil {
-		err = s.retainWorker(w, keep)
+		err = s.retainWorker(w, keep, func(err error) { s.workerRetained(w, err) })
 	}
 	for i, f := range sp.outputs {
 		s.retainOutput(w, i, f)
@@ -147,6 +144,10 @@ func (s *Supervisor) attachSpawned(p *pool, id uint64, gen uint32, command []str
 	s.workers[id] = w
 	p.workers[id] = w
 	s.watch(w)
+	if s.stopping {
+		s.kill(w, "the unit stops")
+		return nil, fmt.Errorf("%s: the unit stops", w)
+	}
 	if err != nil {
 		s.kill(w, "cannot set up its control channel")
 		return nil, fmt.Errorf("%s: %w", w, err)

@@ -47,9 +47,14 @@ func (s *Supervisor) recoverAll(ctx context.Context, done func()) error {
 	if err := s.recoverSessions(ctx); err != nil {
 		return err
 	}
+	for _, w := range s.workers {
+		if w.unready && len(w.sessions) == 0 {
+			s.kill(w, "it was not ready yet when the supervisor ended")
+		}
+	}
 	s.recovery = &recovery{deadline: s.now().Add(inventoryTimeout), done: done}
 	for _, w := range s.workers {
-		if w.ch == nil || w.state == workerStarting {
+		if w.ch == nil || w.state == workerStarting || w.killed {
 			continue
 		}
 		w.inventory = &inventory{nonce: uint64(s.incarnation), held: map[uint64]wire.Held{}}
@@ -111,9 +116,7 @@ func (s *Supervisor) recoverWorker(e *keeper.Entry) error {
 	s.workers[w.id], p.workers[w.id] = w, w
 	s.lastWorker = max(s.lastWorker, w.id)
 	s.watch(w)
-	if !meta.Ready && !meta.Detached {
-		s.kill(w, "it was not ready yet when the supervisor ended")
-	}
+	w.greeted, w.retained, w.unready = true, true, !meta.Ready && !meta.Detached
 	return nil
 }
 
@@ -199,7 +202,7 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 			ss.owner.sessions[ss.id] = ss
 		}
 	}
-	if ss.group != "" && ss.owner != nil {
+	if ss.group != "" {
 		s.joinGroup(ss)
 	}
 	switch {
@@ -217,7 +220,7 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 			flags |= wire.FlagInterrupted
 			s.led.count(cntInterrupted, 1)
 		}
-		s.park(ss, wire.Cargo{Record: r.Record}, flags)
+		s.park(ss, wire.Cargo{Record: r.current()}, flags)
 	default: // its owner's death had been seen: only then is a worker forgotten
 		s.orphan(ss, &worker{sessions: map[uint64]*session{}})
 	}
@@ -246,10 +249,17 @@ func (s *Supervisor) onInventory(w *worker, m *wire.Message) error {
 	for _, h := range m.Held {
 		w.inventory.held[h.ID] = h
 	}
-	if m.Last {
-		w.inventory.last = true
-		s.inventoryDone()
+	if !m.Last {
+		return nil
 	}
+	w.inventory.last = true
+	if s.recovery != nil {
+		s.inventoryDone()
+		return nil
+	}
+	s.log.Info("a worker said late what it has", "pool", w.pool.name, "pid", w.pid)
+	s.reconcile(w)
+	w.inventory = nil
 	return nil
 }
 
@@ -269,8 +279,8 @@ func (s *Supervisor) inventoryDone() {
 func (s *Supervisor) recoveryTimedOut() {
 	for _, w := range s.workers {
 		if w.inventory != nil && !w.inventory.last {
-			s.log.Warn("worker does not say what it has; its sessions stay with it", "pool", w.pool.name, "pid", w.pid)
-			w.inventory = nil
+			s.log.Warn("worker does not say what it has; its sessions stay with it, and it gets no new ones until it does",
+				"pool", w.pool.name, "pid", w.pid)
 		}
 	}
 	s.endRecovery()
@@ -283,7 +293,7 @@ func (s *Supervisor) endRecovery() {
 	}
 	s.undoSplitGroups()
 	for _, w := range sortedWorkers(s.workers) {
-		if w.inventory != nil {
+		if w.inventory != nil && w.inventory.last {
 			s.reconcile(w)
 			w.inventory = nil
 		}
@@ -298,7 +308,7 @@ func (s *Supervisor) endRecovery() {
 // new worker go back to the old one, which still has them parked.
 func (s *Supervisor) undoSplitGroups() {
 	for _, ss := range s.sessions {
-		if ss.group == "" || ss.owner == nil || ss.owner.inventory == nil {
+		if ss.group == "" || ss.owner == nil || ss.owner.inventory == nil || !ss.owner.inventory.last {
 			continue
 		}
 		h, ok := ss.owner.inventory.held[ss.id]
@@ -306,7 +316,7 @@ func (s *Supervisor) undoSplitGroups() {
 			continue
 		}
 		for _, old := range s.workers {
-			if old == ss.owner || old.inventory == nil {
+			if old == ss.owner || old.inventory == nil || !old.inventory.last {
 				continue
 			}
 			p, ok := old.inventory.held[ss.id]

@@ -41,6 +41,7 @@ type upgrade struct {
 	deadline   time.Time // of the phase moving or back
 	err        error
 	report     admin.PoolReport
+	trouble    string    // the last refusal of the new generation
 	stalls     []float64 // milliseconds, FREEZE to commit
 	progress   func(admin.Progress)
 	finished   func(*admin.PoolReport)
@@ -192,6 +193,12 @@ func (s *Supervisor) stepUpgrade(p *pool) {
 		if left > 0 && now.Before(op.deadline) {
 			return
 		}
+		if op.phase == opMoving && op.report.Moved == 0 && op.trouble != "" {
+			s.failUpgrade(op, fmt.Errorf("the new generation took no session: %s", op.trouble))
+			if op.phase == opBack {
+				return
+			}
+		}
 		op.report.Stayed = left + detached
 		if detached > 0 {
 			op.reason("its worker broke the protocol and cannot be reached")
@@ -284,8 +291,10 @@ func (s *Supervisor) upgradeWorkerDied(p *pool, op *upgrade, w *worker, was work
 	if w.gen == op.to && op.phase != opBack {
 		what := "ended before it was ready: look at what it printed"
 		switch {
+		case w.broke != nil:
+			what = "broke the protocol: " + w.broke.Error()
 		case w.killed && was == workerStopping && op.phase == opStarting:
-			what = "was not ready in time, or broke the protocol"
+			what = "was not ready within ready_timeout"
 		case op.phase != opStarting:
 			what = "died"
 		}

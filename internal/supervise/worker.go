@@ -74,6 +74,11 @@ type worker struct {
 	closedAt time.Time     // when it closed its channel itself: most likely it is dying
 	exited   bool          // it is dead
 	reader   chan struct{} // closed when the reading goroutine has ended
+	greeted  bool          // HELLO came
+	unready  bool          // taken over before it was known to be ready
+	retained bool          // the keeper holds it
+	broke    error         // why it was detached or killed
+	readyAt  time.Time
 
 	inventory *inventory // while one is being taken
 }
@@ -86,7 +91,7 @@ func (w *worker) load() int { return len(w.sessions) + w.incoming }
 
 // usable says whether orders can be sent to it.
 func (w *worker) usable() bool {
-	return w.ch != nil && (w.state == workerReady || w.state == workerRetiring)
+	return w.ch != nil && w.inventory == nil && (w.state == workerReady || w.state == workerRetiring)
 }
 
 // send queues a message; a worker that does not read its channel is detached.
@@ -109,7 +114,7 @@ func (w *worker) key() keeper.Key { return keeper.Key{Kind: keeper.KindWorker, I
 
 // retainWorker gives the keeper what the next supervisor needs; chFD belongs to
 // it from here on, -1 for a detached worker.
-func (s *Supervisor) retainWorker(w *worker, chFD int) error {
+func (s *Supervisor) retainWorker(w *worker, chFD int, then func(error)) error {
 	pfd, err := w.proc.FD()
 	if err != nil {
 		if chFD >= 0 {
@@ -131,8 +136,28 @@ func (s *Supervisor) retainWorker(w *worker, chFD int) error {
 		if err != nil {
 			s.log.Error("worker is not kept over a restart of the supervisor", "pid", w.pid, "error", err)
 		}
+		if then != nil {
+			then(err)
+		}
 	})
 	return nil
+}
+
+// workerRetained lets a new worker begin. Without the keeper's word it must not get
+// a session: a successor would take it for dead while it serves.
+func (s *Supervisor) workerRetained(w *worker, err error) {
+	if w.state != workerStarting {
+		return
+	}
+	if err != nil {
+		w.broke = fmt.Errorf("the keeper cannot hold its channel: %w", err)
+		s.kill(w, "the keeper cannot hold its channel")
+		return
+	}
+	w.retained = true
+	if w.greeted {
+		s.welcome(w)
+	}
 }
 
 // listen starts the goroutines of a worker's channel; fd is taken over.
@@ -199,12 +224,18 @@ func (s *Supervisor) channelEnded(w *worker, ch *wire.Channel, err error) {
 	case w.exited:
 		s.workerDied(w)
 	case errors.Is(err, io.EOF), errors.Is(err, os.ErrClosed):
+		// It is about to exit, or serves on without us: its death decides, if it comes.
+		w.closedAt = s.now()
+		s.closeChannel(w)
 		s.orphanParked(w)
-		s.closeChannel(w) // it is about to exit, or serves on without us
-		if w.state == workerReady || w.state == workerRetiring {
-			w.state, w.closedAt = workerDetached, s.now()
-			s.replaceLater(w.pool)
+		s.abortAttemptsOf(w, "the worker closed its control channel")
+		if w.inventory != nil {
+			w.inventory = nil
+			s.inventoryDone()
 		}
+		time.AfterFunc(deathAfterEOF, func() {
+			s.post(func() { s.leftAlone(w, errors.New("it closed its control channel and lives")) })
+		})
 	default:
 		s.detach(w, err)
 	}
@@ -217,24 +248,46 @@ func (s *Supervisor) detach(w *worker, err error) {
 		return
 	}
 	s.led.count(cntProtocolErrors, 1)
-	s.log.Error("control channel of a worker closed; its sessions stay with it, and a new worker takes its place",
-		"pool", w.pool.name, "pid", w.pid, "sessions", len(w.sessions), "error", err)
-	was := w.state
-	if was == workerReady || was == workerRetiring {
-		w.state = workerDetached
-	}
-	s.orphanParked(w)
-	s.abortAttemptsOf(w, "the control channel of the worker is closed") // queues THAWs, which still go out
-	s.closeChannel(w)
-	if was == workerStarting {
+	w.broke = err
+	if w.state == workerStarting {
+		s.log.Error("a worker broke the protocol before it was ready", "pool", w.pool.name, "pid", w.pid, "error", err)
+		s.closeChannel(w)
 		s.kill(w, "protocol error before ready")
 		return
 	}
+	s.log.Error("control channel of a worker closed; its sessions stay with it, and a new worker takes its place",
+		"pool", w.pool.name, "pid", w.pid, "sessions", len(w.sessions), "error", err)
+	s.orphanParked(w)
+	s.abortAttemptsOf(w, "the control channel of the worker is closed") // queues THAWs, which still go out
+	s.closeChannel(w)
 	if w.inventory != nil {
 		w.inventory = nil
 		s.inventoryDone()
 	}
-	s.replaceLater(w.pool)
+	s.leftAlone(w, err)
+}
+
+// leftAlone leaves a worker that cannot be reached any more, and lives, to its
+// sessions; without any it is of no use and killed. A new generation of which a
+// worker ends like this is given up.
+func (s *Supervisor) leftAlone(w *worker, err error) {
+	if w.exited || w.state != workerReady && w.state != workerRetiring {
+		return
+	}
+	w.state = workerDetached
+	if w.broke == nil {
+		w.broke = err
+	}
+	if len(w.sessions) == 0 {
+		s.kill(w, "it cannot be reached and has no sessions")
+	}
+	if op := w.pool.op; op != nil && w.gen == op.to && op.phase != opBack {
+		s.failUpgrade(op, fmt.Errorf("worker (pid %d) of generation %d broke the protocol: %w", w.pid, w.gen, err))
+		return
+	}
+	if w.gen == w.pool.serving {
+		s.gone(w)
+	}
 }
 
 // orphanParked takes what a worker has parked, and nobody has adopted yet, from one
@@ -262,7 +315,7 @@ func (s *Supervisor) closeChannel(w *worker) {
 	}()
 	// Without this the keeper's duplicate would keep the channel open, and the
 	// worker would never learn that nobody listens.
-	if err := s.retainWorker(w, -1); err != nil {
+	if err := s.retainWorker(w, -1, nil); err != nil {
 		s.log.Error("worker is not kept over a restart of the supervisor", "pid", w.pid, "error", err)
 	}
 }
