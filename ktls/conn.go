@@ -278,7 +278,7 @@ func (c *Conn) unlockWrite() {
 		if c.owed.Load() == 0 || c.closed.Load() || !c.wmu.TryLock() {
 			return
 		}
-		if c.payOwed(false) != nil {
+		if c.closed.Load() || c.payOwed(false) != nil {
 			c.notePending()
 			c.wmu.Unlock()
 			return
@@ -291,6 +291,10 @@ func (c *Conn) notePending() { c.pending.Store(int64(len(c.queued) + c.layer.uns
 // settle tries, without waiting, to send what the reading side owes or left.
 func (c *Conn) settle() {
 	if c.owed.Load() == 0 && c.pending.Load() == 0 || !c.wmu.TryLock() {
+		return
+	}
+	if c.closed.Load() { // since; the debts went with the session
+		c.wmu.Unlock()
 		return
 	}
 	if c.payOwed(false) == nil && c.layer.unsent() > 0 {

@@ -296,6 +296,13 @@ func (c *Conn) payOne(o uint32, wait bool) error {
 		bits = o & b
 		c.owed.And(^bits)
 	}
+	if !wait && o&(owedFatal|owedClose) == 0 && c.layer.unsent() > 0 {
+		// A peer that asks and does not read gets its answer when there is room for it;
+		// until then one debt stands for all of its questions.
+		if err := c.layer.flush(false); err != nil {
+			return err
+		}
+	}
 	switch {
 	case o&owedFatal != 0:
 		pay(^uint32(0))

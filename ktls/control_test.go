@@ -6,8 +6,10 @@ import (
 	"io"
 	"net"
 	"testing"
+	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/vmtest/guest"
 )
 
 func dupFD(fd int) (int, error) { return sys.Dup(fd) }
@@ -39,6 +41,9 @@ func TestPeerMisbehaves(t *testing.T) {
 	}{
 		{name: "ChangeCipherSpec", recs: []rec{{ccs, "\x01"}}, sent: alertUnexpectedMessage},
 		{name: "unknown type", recs: []rec{{24, "x"}}, sent: alertUnexpectedMessage},
+		// The kernel calls these records that do not authenticate.
+		{name: "type 0", version: tls.VersionTLS12, only: "software", recs: []rec{{0, "x"}}, sent: alertUnexpectedMessage},
+		{name: "type 0, empty", version: tls.VersionTLS12, only: "software", recs: []rec{{0, ""}}, sent: alertUnexpectedMessage},
 		{name: "alert too short", recs: []rec{{al, "\x01"}}, sent: alertDecodeError},
 		{name: "alert too long", recs: []rec{{al, "\x01\x00\x00"}}, sent: alertDecodeError},
 		{name: "alert of unknown level", recs: []rec{{al, "\x03\x00"}}, sent: alertIllegalParameter},
@@ -257,6 +262,33 @@ func (s *scripted) wantFINOrReset() {
 	if _, _, err := s.next(); !errors.Is(err, io.EOF) && !errors.As(err, &nerr) {
 		s.t.Errorf("peer: %v, expected the end", err)
 	}
+}
+
+// A bad record of which a Write took the only report is not moved along: the socket
+// has forgotten it, and the next owner would wait for ever.
+func TestDetachAfterBadRecordInWrite(t *testing.T) {
+	guest.NeedKernelTLS(t)
+	s := newScripted(t, LayerKernel, v13, gcm)
+	rec := s.seal(typeData, []byte("bad"))
+	rec[2] ^= 1 // the version: the kernel looks at headers before anybody reads
+	s.sendRaw(rec)
+	l := s.conn.layer.(*kernelLayer)
+	n := 0
+	for end := time.Now().Add(testWait); l.broken() == nil; time.Sleep(time.Millisecond) {
+		if _, err := s.conn.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if n++; time.Now().After(end) {
+			t.Fatal("no Write was told of the record")
+		}
+	}
+	var alert *AlertError
+	if _, _, err := s.conn.Detach(); !errors.As(err, &alert) || alert.Alert != alertProtocolVersion {
+		t.Fatalf("Detach: %v, expected protocol_version", err)
+	}
+	s.wantData(n)
+	s.want(typeAlert, string([]byte{levelFatal, byte(alertProtocolVersion)}))
+	s.wantEnd(alert)
 }
 
 // Padding and the limits of a record's content in TLS 1.3.

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"unicode/utf8"
 
 	"github.com/fxamacker/cbor/v2"
 )
@@ -25,6 +26,7 @@ const (
 	maxRecord = 4 << 20
 	maxCerts  = 64
 	maxChains = 16
+	maxSCTs   = 1024
 )
 
 // facts is what is known of a session since its handshake. It holds no secret and
@@ -144,6 +146,41 @@ func (f *facts) params() params {
 	return params{version: f.Version, suite: f.Suite, client: f.Client}
 }
 
+// checkSize applies the limits of Import that a peer decides about.
+func (f *facts) checkSize() error {
+	if len(f.Certs) > maxCerts || len(f.Chains) > maxChains {
+		return fmt.Errorf("%d certificates in %d chains, the limits are %d and %d", len(f.Certs), len(f.Chains), maxCerts, maxChains)
+	}
+	for _, idx := range append([][]int{f.Peer}, f.Chains...) {
+		if len(idx) > maxCerts {
+			return fmt.Errorf("chain of %d certificates, the limit is %d", len(idx), maxCerts)
+		}
+	}
+	if len(f.SCTs) > maxSCTs {
+		return fmt.Errorf("%d certificate timestamps, the limit is %d", len(f.SCTs), maxSCTs)
+	}
+	return nil
+}
+
+// checkMovable makes sure that Import will take f, so that no session is made that
+// nobody could continue.
+func (f *facts) checkMovable() error {
+	if err := f.checkSize(); err != nil {
+		return err
+	}
+	if !utf8.ValidString(f.ServerName) || !utf8.ValidString(f.Protocol) {
+		return errors.New("the names that were negotiated are not valid text")
+	}
+	b, err := cbor.Marshal(f)
+	if err != nil {
+		return err
+	}
+	if len(b) > maxFacts {
+		return fmt.Errorf("%d bytes, the limit is %d", len(b), maxFacts)
+	}
+	return nil
+}
+
 // decodeFacts reads facts from another process and checks all of it.
 func decodeFacts(b []byte) (*facts, error) {
 	if len(b) > maxFacts {
@@ -165,8 +202,8 @@ func decodeFacts(b []byte) (*facts, error) {
 	if f.Layer != LayerSoftware && f.Layer != LayerKernel {
 		return nil, fmt.Errorf("unknown record layer %d", uint8(f.Layer))
 	}
-	if len(f.Certs) > maxCerts || len(f.Chains) > maxChains {
-		return nil, fmt.Errorf("%d certificates in %d chains", len(f.Certs), len(f.Chains))
+	if err := f.checkSize(); err != nil {
+		return nil, err
 	}
 	for _, der := range f.Certs {
 		cert, err := x509.ParseCertificate(der)
@@ -176,9 +213,6 @@ func decodeFacts(b []byte) (*facts, error) {
 		f.parsed = append(f.parsed, cert)
 	}
 	for _, idx := range append([][]int{f.Peer}, f.Chains...) {
-		if len(idx) > maxCerts {
-			return nil, fmt.Errorf("chain of %d certificates", len(idx))
-		}
 		for _, i := range idx {
 			if i < 0 || i >= len(f.parsed) {
 				return nil, fmt.Errorf("certificate %d of %d", i, len(f.parsed))

@@ -128,6 +128,9 @@ func (w *wire) offload(c *net.TCPConn, cs *tls.ConnectionState, mode Mode, kerne
 	id := make([]byte, sessionIDLen)
 	_, _ = rand.Read(id) // never fails
 	f := newFacts(id, cs, w.client, c.LocalAddr(), c.RemoteAddr())
+	if err := f.checkMovable(); err != nil {
+		return nil, fmt.Errorf("the session could never move: %w", err)
+	}
 
 	if kernel {
 		if kernel, reason = supportsKernel(p.version, p.suite); !kernel && mode == ModeKernel {

@@ -198,6 +198,13 @@ func (l *kernelLayer) unsent() int { return 0 }
 // given a socket has no secrets to make them of.
 func (l *kernelLayer) canRekey() bool { return false }
 
+func (l *kernelLayer) broken() error {
+	if failed := l.readFailed.Load(); failed != nil {
+		return l.readError(*failed)
+	}
+	return nil
+}
+
 func (l *kernelLayer) rekeyRead() error { return ErrKeyUpdateUnsupported }
 
 func (l *kernelLayer) rekeyWrite() error { return ErrKeyUpdateUnsupported }

@@ -1,6 +1,7 @@
 package ktls
 
 import (
+	"crypto/tls"
 	"errors"
 	"os"
 	"testing"
@@ -128,5 +129,24 @@ func TestKernelDrainEndsWithTheConnection(t *testing.T) {
 	}
 	if took := time.Since(start); took >= drainLimit {
 		t.Errorf("gave up after %v", took)
+	}
+}
+
+// A warning ends nothing: a flush after it does not wait for the peer to read.
+func TestKernelWarningDoesNotDrain(t *testing.T) {
+	guest.NeedKernelTLS(t)
+	_, l, sock := rawSession(t, tls.VersionTLS12, tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, 1, 1)
+	if taken, err := l.writeControl(typeAlert, []byte{levelWarning, byte(alertNoRenegotiation)}, true); !taken || err != nil {
+		t.Fatalf("no_renegotiation: taken %v, %v", taken, err)
+	}
+	_ = sock.SetWriteBuffer(64 << 10)
+	_ = sock.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	if _, err := l.write(pattern(8 << 20)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("write into a full socket: %v", err)
+	}
+	_ = sock.SetWriteDeadline(time.Now().Add(testWait))
+	start := time.Now()
+	if err := l.flush(true); err != nil || time.Since(start) > drainLimit/2 {
+		t.Errorf("flush: %v after %v", err, time.Since(start))
 	}
 }

@@ -142,7 +142,7 @@ func (l *kernelLayer) writeControl(typ recordType, p []byte, wait bool) (taken b
 		}
 		off += n
 	}
-	l.alerted = l.alerted || typ == typeAlert
+	l.alerted = l.alerted || typ == typeAlert && len(p) == 2 && (p[0] == levelFatal || Alert(p[1]) == alertCloseNotify)
 	return true, l.flush(wait)
 }
 

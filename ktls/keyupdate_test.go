@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -119,6 +120,43 @@ func TestKeyUpdateFlood(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.want(typeAlert, string([]byte{levelFatal, byte(alertUnexpectedMessage)}))
+}
+
+// A peer that asks for new keys again and again and reads nothing gets one answer:
+// what is kept for it does not grow, and the session can still move.
+func TestKeyUpdatesOfPeerThatDoesNotRead(t *testing.T) {
+	s := newScripted(t, LayerSoftware, v13, gcm)
+	s.smallBuffers()
+	_ = s.conn.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+	total, err := s.conn.Write(pattern(8 << 20))
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("Write to a peer that does not read: %v", err)
+	}
+	full := s.conn.Pending()
+	for range 20_000 {
+		s.send(typeHandshake, []byte(updateRequest))
+		s.rekeyOut()
+		s.send(typeData, []byte("x")) // or it would be a flood without data
+		s.wantRead("x")
+	}
+	if n := s.conn.Pending(); n > full+100 {
+		t.Fatalf("%d bytes are kept, %d before the requests", n, full)
+	}
+	s.move()
+	got := make(chan int)
+	go func() { got <- len(s.wantData(total)) }()
+	if err := s.conn.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if n := <-got; n != total {
+		t.Errorf("the peer got %d of %d bytes", n, total)
+	}
+	s.want(typeHandshake, updateOnly)
+	s.rekeyIn()
+	if _, err := s.conn.Write([]byte("next")); err != nil {
+		t.Fatal(err)
+	}
+	s.want(typeData, "next")
 }
 
 // An answer that is owed when the session moves is sent by the next owner.

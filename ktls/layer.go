@@ -65,6 +65,10 @@ type recordLayer interface {
 	// the socket travels with the socket and does not count.
 	unsent() int
 
+	// broken is the record error that a writing call met and read has not given yet:
+	// the socket will not report it again. nil when there is none. Called under both
+	// locks.
+	broken() error
 	// canRekey reports whether rekeyRead and rekeyWrite can work at all. When false,
 	// Conn ends the session cleanly on a KeyUpdate and at the limit of a key.
 	canRekey() bool

@@ -45,6 +45,9 @@ func newSoftLayer(sock Socket, p params, tx, rx direction) (*softLayer, error) {
 func (l *softLayer) kind() Layer    { return LayerSoftware }
 func (l *softLayer) canRekey() bool { return l.rx.suite.version == tls.VersionTLS13 }
 
+// broken is nil: a record waits in raw until read opens it.
+func (l *softLayer) broken() error { return nil }
+
 func (l *softLayer) rekeyRead() error  { return l.rx.rekey() }
 func (l *softLayer) rekeyWrite() error { return l.tx.rekey() }
 
@@ -149,6 +152,11 @@ func (l *softLayer) read(p []byte) (int, control, error) {
 			return 0, control{}, err
 		}
 		r.start += len(rec)
+		if typ == 0 {
+			// Only TLS 1.2 has a type the peer can choose freely in the header, and a
+			// control record of type 0 would read as none.
+			return 0, control{}, &recordError{alertUnexpectedMessage, "record of type 0"}
+		}
 		if typ != typeData {
 			// A control record's buffer stays until the next call: data points into it.
 			return 0, control{typ, plain}, nil

@@ -150,6 +150,12 @@ func (c *Conn) Detach() (Socket, *State, error) {
 	if c.werr != nil && c.txEnd == endOpen {
 		return nil, nil, fmt.Errorf("session %s has ended: %w", c.remote, c.werr)
 	}
+	if err := c.layer.broken(); err != nil {
+		// The socket has forgotten the error; a new owner would wait for ever.
+		_ = c.readFailed(err)
+		_ = c.payOwed(false) // the alert; what does not go out now stays owed until Close
+		return nil, nil, fmt.Errorf("session %s has ended: %w", c.remote, c.readEnd())
+	}
 	if !c.markClosed() {
 		return nil, nil, net.ErrClosed
 	}

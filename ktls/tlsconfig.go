@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"unicode/utf8"
 )
 
 // How a user's tls.Config becomes that of one connection.
@@ -44,6 +45,10 @@ func configForClient(user *tls.Config, hello *tls.ClientHelloInfo) (*tls.Config,
 	w, ok := hello.Conn.(*wire)
 	if !ok {
 		return nil, errors.New("handshake over a foreign connection")
+	}
+	if !utf8.ValidString(hello.ServerName) {
+		// Host names are ASCII (RFC 6066 section 3), and the name travels as text.
+		return nil, errors.New("the client's server name is not valid text")
 	}
 	if user.GetConfigForClient != nil {
 		theirs := *hello
