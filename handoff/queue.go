@@ -4,7 +4,6 @@ import (
 	"errors"
 	"sync"
 
-	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
 
@@ -51,7 +50,7 @@ type outbox struct {
 	mu      sync.Mutex
 	cond    sync.Cond
 	list    []*wire.Message
-	size    int // bytes of items in the last message of list
+	load    wire.Load // of the last message of list
 	closing bool
 }
 
@@ -73,32 +72,28 @@ func (q *outbox) put(m *wire.Message) error {
 		return nil
 	}
 	q.list = append(q.list, m)
-	q.size = itemBytes(m)
+	q.load = loadOf(m)
 	q.cond.Signal()
 	return nil
 }
 
-func itemBytes(m *wire.Message) (n int) {
+func loadOf(m *wire.Message) (sum wire.Load) {
 	for i := range m.Items {
-		n += 160
-		if s := m.Items[i].Cargo.Size(); s <= wire.MaxInline {
-			n += s
-		}
+		sum = sum.Add(wire.LoadOf(&m.Items[i]))
 	}
-	return n
+	return sum
 }
 
 // mergeLocked puts m into last, which waits, when that keeps the meaning and limits.
 func (q *outbox) mergeLocked(last, m *wire.Message) bool {
-	const room = sys.MaxPacket - 8<<10
 	switch m.Type {
 	case wire.TypeParked:
-		n := itemBytes(m)
-		if m.Group != "" || last.Group != "" || len(last.Items)+len(m.Items) > wire.MaxItems || q.size+n > room {
+		sum := q.load.Add(loadOf(m))
+		if m.Group != "" || last.Group != "" || !sum.Fits() {
 			return false
 		}
 		last.Items = append(last.Items, m.Items...)
-		q.size += n
+		q.load = sum
 	case wire.TypeAdopted:
 		if len(last.Refs)+len(m.Refs) > wire.MaxItems {
 			return false

@@ -41,6 +41,13 @@ func (c *Channel) Send(m *Message) error {
 	out.Blobs = append([]Blob(nil), m.Blobs...)
 	var fds, own []int
 	defer func() { sys.CloseAll(own) }()
+	total := 0
+	largeFD := func(b []byte) (int, error) {
+		if total += len(b); total > MaxLarge {
+			return -1, fmt.Errorf("states of %d bytes in one message, the limit is %d", total, MaxLarge)
+		}
+		return largeFD(b)
+	}
 	for i := range out.Items {
 		it := &out.Items[i]
 		if m.Type == TypeAdopt {
@@ -147,12 +154,21 @@ func (m *Message) takeFDs(fds []int) (err error) {
 		fds = fds[1:]
 		return fd, nil
 	}
+	var total int64
 	large := func() ([]byte, error) {
 		fd, err := next()
 		if err != nil {
 			return nil, err
 		}
 		used = append(used, fd)
+		size, err := sys.FileSize(fd)
+		if err != nil {
+			return nil, fmt.Errorf("memory file: %w", err)
+		}
+		// Before anything is read: a few small messages must not fill this process.
+		if total += size; size > MaxLarge || total > MaxLarge {
+			return nil, fmt.Errorf("memory files of more than %d bytes in one message", MaxLarge)
+		}
 		return sys.ReadSealedMemfd(fd, MaxCargo)
 	}
 	for i := range m.Items {
@@ -214,22 +230,46 @@ func (m *Message) CloseSockets() {
 	}
 }
 
-// BatchItems cuts items into runs that fit one message each: at most MaxItems
-// items, inline bytes well under the packet's size, and two descriptors an item.
+// Load is what items add to a message: bytes in the packet and bytes in memory files.
+type Load struct {
+	Items, Inline, Large int
+}
+
+// LoadOf is the load of one item.
+func LoadOf(it *Item) Load {
+	l := Load{Items: 1, Inline: 160}
+	if n := it.Cargo.Size(); n <= MaxInline {
+		l.Inline += n
+	} else {
+		l.Large = n
+	}
+	return l
+}
+
+// Add returns the sum.
+func (l Load) Add(o Load) Load {
+	return Load{l.Items + o.Items, l.Inline + o.Inline, l.Large + o.Large}
+}
+
+// Fits reports whether one message can carry the load, two descriptors an item, and
+// a group's blob besides.
+func (l Load) Fits() bool {
+	const inline, large = sys.MaxPacket - 8<<10, MaxLarge - MaxCargo - 1<<20
+	return l.Items <= MaxItems && l.Inline <= inline && l.Large <= large
+}
+
+// BatchItems cuts items into runs that fit one message each.
 func BatchItems(items []Item) [][]Item {
-	const room = sys.MaxPacket - 8<<10
 	var out [][]Item
-	start, size := 0, 0
+	var sum Load
+	start := 0
 	for i := range items {
-		n := 160
-		if s := items[i].Cargo.Size(); s <= MaxInline {
-			n += s
-		}
-		if i > start && (i-start == MaxItems || size+n > room) {
+		l := LoadOf(&items[i])
+		if i > start && !sum.Add(l).Fits() {
 			out = append(out, items[start:i])
-			start, size = i, 0
+			start, sum = i, Load{}
 		}
-		size += n
+		sum = sum.Add(l)
 	}
 	if start < len(items) {
 		out = append(out, items[start:])

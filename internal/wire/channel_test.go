@@ -231,6 +231,57 @@ func TestRecvClosesEverything(t *testing.T) {
 	}
 }
 
+// The memory that one message makes its receiver take is bounded, and what is too
+// much in all is cut into several messages.
+func TestLargeInAll(t *testing.T) {
+	e := newEnds(t)
+	before := countFDs(t)
+	var items []Item
+	for i := range 5 {
+		items = append(items, Item{Ref: Ref{ID: uint64(i + 1), Epoch: 1}, Cargo: Cargo{App: make([]byte, MaxCargo-64)}})
+	}
+	if err := e.s.Send(&Message{Type: TypeParked, Items: items}); err == nil {
+		t.Error("more than the limit was sent")
+	}
+	got := 0
+	for _, part := range BatchItems(items) {
+		// The last message of a group has the group's state too.
+		blobs := []Blob{{Group: "g", Data: make([]byte, MaxCargo)}}
+		if err := e.s.Send(&Message{Type: TypeParked, Group: "g", Items: part, Blobs: blobs}); err != nil {
+			t.Fatal(err)
+		}
+		m, err := e.b.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got += len(m.Items)
+	}
+	if got != len(items) {
+		t.Errorf("%d of %d items came", got, len(items))
+	}
+	for i := range items {
+		items[i].Cargo, items[i].Large = Cargo{}, true
+	}
+	b, err := Encode(&Message{Type: TypeParked, Items: items})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cargo, err := encMode.Marshal(&Cargo{App: make([]byte, MaxCargo-64)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd := memFD(t, cargo)
+	if err := e.a.Send(b, []int{fd, fd, fd, fd, fd}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.b.Recv(); !errors.Is(err, ErrProtocol) {
+		t.Errorf("error %v, want ErrProtocol", err)
+	}
+	if after := countFDs(t); after != before+1 { // fd
+		t.Errorf("%d descriptors before, %d after", before, after)
+	}
+}
+
 func TestRecvEnds(t *testing.T) {
 	e := newEnds(t)
 	if err := e.a.Send([]byte{0xa1, 0, 3}, nil); err != nil {

@@ -32,6 +32,7 @@ const (
 	MaxItems   = 64       // sessions in one message
 	MaxInline  = 4 << 10  // bytes of a cargo or blob carried in the message itself
 	MaxCargo   = 16 << 20 // bytes of a cargo or blob carried in a sealed memfd
+	MaxLarge   = 64 << 20 // bytes of all memfds of one message
 	MaxGroup   = 64       // bytes of a group's name
 	MaxText    = 512      // bytes of a text for people
 	MaxSchemas = 64       // schemas in a HELLO
