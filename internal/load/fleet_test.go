@@ -456,6 +456,7 @@ func TestCancelledFleet(t *testing.T) {
 		t.Fatal(err)
 	}
 	cancel()
+	until(t, f, "cut off", func(r Report) bool { return r.Lost+r.Unclean == 3 })
 	if r := stop(t, f); r.Err() == nil || r.Lost+r.Unclean != 3 {
 		t.Errorf("a fleet that was cut off reports %+v", r)
 	}
