@@ -225,6 +225,7 @@ func (s *Supervisor) onMessage(w *worker, ch *wire.Channel, m *wire.Message) {
 		m.CloseSockets()
 		return
 	}
+	w.deaf = false
 	var err error
 	switch m.Type {
 	case wire.TypeHello:

@@ -346,6 +346,7 @@ func (s *Supervisor) attemptTimedOut(a *attempt) {
 		s.giveUp(a, "no safe point within freeze_timeout")
 	default:
 		to := a.to
+		to.deaf = true
 		s.refuse(a, "the new worker did not answer in time")
 		if op := to.pool.op; op != nil && to.gen == op.to && op.phase == opMoving {
 			s.failUpgrade(op, fmt.Errorf("worker (pid %d) of generation %d does not answer", to.pid, to.gen))

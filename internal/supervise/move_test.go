@@ -276,3 +276,22 @@ func TestSessionEndsWhileFreezing(t *testing.T) {
 		t.Errorf("counters %+v", c)
 	}
 }
+
+// A worker that does not answer gets nothing more while there is another.
+func TestDeafWorkerIsPassedOver(t *testing.T) {
+	u := newUnit(t)
+	deaf := u.worker(1)
+	id := u.session(true)
+	deaf.expect(wire.TypeAdopt)
+	good := u.worker(1)
+	u.s.call(func() { u.s.attemptTimedOut(u.s.sessions[id].attempt) })
+	deaf.expect(wire.TypeAbort)
+	if it := good.expect(wire.TypeAdopt).Items[0]; it.ID != id {
+		t.Errorf("ADOPT %+v", it)
+	}
+	for range 3 {
+		u.session(true)
+		good.expect(wire.TypeAdopt)
+	}
+	u.silent(good)
+}

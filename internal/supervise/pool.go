@@ -78,7 +78,7 @@ func (p *pool) target() *worker {
 	var best *worker
 	var ready []*worker
 	for _, w := range sortedWorkers(p.workers) {
-		if w.gen != p.serving || w.state != workerReady || !w.usable() {
+		if w.gen != p.serving || w.state != workerReady || !w.usable() || w.deaf {
 			continue
 		}
 		ready = append(ready, w)
@@ -98,7 +98,7 @@ func (p *pool) target() *worker {
 func (p *pool) targetFor(ss *session) *worker {
 	var best *worker
 	for _, w := range sortedWorkers(p.workers) {
-		if w.gen == p.serving && w.state == workerReady && w.usable() && !slices.Contains(ss.refusedBy, w.id) &&
+		if w.gen == p.serving && w.state == workerReady && w.usable() && !w.deaf && !slices.Contains(ss.refusedBy, w.id) &&
 			(best == nil || w.load() < best.load()) {
 			best = w
 		}

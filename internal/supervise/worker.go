@@ -79,6 +79,7 @@ type worker struct {
 	retained bool          // the keeper holds it
 	broke    error         // why it was detached or killed
 	readyAt  time.Time
+	deaf     bool // it did not answer an ADOPT in time; nothing new until it says something
 
 	inventory *inventory // while one is being taken
 }
