@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/config"
+	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
 // configProblem is a config.Error in JSON.
@@ -35,7 +36,8 @@ func (a *app) checkCommand() *cobra.Command {
 		Use:   "check -c FILE",
 		Short: "Check a configuration file without using it",
 		Long: `Check a configuration file: every problem is reported, with file, line, key and
-what to do about it. Nothing is started or bound.
+what to do about it; also a pool with offload = "kernel" where this machine has no
+kernel TLS. Nothing is started or bound.
 
 Exit code 0: the configuration is good; 1: it is not.`,
 		Example: `  ktlsvisor check -c ktlsvisor.toml`,
@@ -45,6 +47,9 @@ Exit code 0: the configuration is good; 1: it is not.`,
 				return usagef("give the file with -c")
 			}
 			cfg, err := config.Load(file)
+			if err == nil {
+				err = checkKernel(cfg, ktls.Probe)
+			}
 			if asJSON {
 				rep := checkReport{File: file, Good: err == nil, Problems: problemsOf(err)}
 				if cfg != nil {

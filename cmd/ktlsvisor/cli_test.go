@@ -93,6 +93,10 @@ func TestUpgradeExitCodes(t *testing.T) {
 		{"rolled back", &admin.UpgradeReport{Outcome: 1, Error: "the new workers were not ready in 10s"}, nil, 1, "Not upgraded: the old generation serves on, nothing lost.", ""},
 		{"lost", &admin.UpgradeReport{Outcome: 3, Pools: []admin.PoolReport{{Pool: "chat", Lost: 1, Reasons: map[string]int{"worker died": 1}}}}, nil, 3, "1 × worker died", ""},
 		{"stayed", &admin.UpgradeReport{Outcome: 4, Pools: []admin.PoolReport{{Pool: "chat", Stayed: 2}}}, nil, 4, "some sessions stay with the old generation", ""},
+		{"why they stayed", &admin.UpgradeReport{Outcome: 4, Pools: []admin.PoolReport{{Pool: "chat", Stayed: 6, Reasons: map[string]int{"b": 1, "handshake": 4, "a": 1}}}}, nil, 4,
+			"-            -\npool chat: 4 × handshake\npool chat: 1 × a\npool chat: 1 × b\n", ""},
+		{"why an error came", &admin.UpgradeReport{Outcome: 1, Error: "rolled back", Pools: []admin.PoolReport{{Pool: "chat", Returned: 2, Error: "rolled back", Reasons: map[string]int{"worker refused": 2}}}}, nil, 1,
+			"pool chat: rolled back\npool chat: 2 × worker refused\nNot upgraded", ""},
 		{"busy", nil, &admin.BusyError{Pool: "chat", Since: since}, 1, "", "ktlsvisor: an upgrade of pool chat is running since " + since.Format(time.TimeOnly)},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -105,6 +109,9 @@ func TestUpgradeExitCodes(t *testing.T) {
 				t.Errorf("stdout of a failure: %s", stdout)
 			}
 			code, stdout, _ = cli("upgrade", "--json", "--admin", path)
+			if strings.Contains(stdout, "null") {
+				t.Errorf("--json has a null: %s", stdout)
+			}
 			var rep admin.UpgradeReport
 			if err := json.Unmarshal([]byte(stdout), &rep); err != nil {
 				t.Fatalf("--json: %v: %s", err, stdout)

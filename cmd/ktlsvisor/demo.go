@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/demo"
+	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
 func (a *app) demoCommand() *cobra.Command {
@@ -40,6 +41,9 @@ Exit code 0: no connection was lost, no byte was wrong; 1: a step failed;
 			}
 			if a.adminArg != "" {
 				return usagef("--admin does not go with demo, which has a socket of its own")
+			}
+			if err := checkOffload(offload, ktls.Probe); err != nil {
+				return err
 			}
 			self, err := ownPath()
 			if err != nil {

@@ -22,6 +22,20 @@ func printJSON(w io.Writer, v any) error {
 	return e.Encode(v)
 }
 
+// failed is the answer of a command that has none: with --json that is an object too,
+// with the field error, so that scripts need not tell an empty answer from a broken
+// one. It returns err.
+func (a *app) failed(err error, asJSON bool) error {
+	if asJSON {
+		if perr := printJSON(a.out, struct {
+			Error string `json:"error"`
+		}{err.Error()}); perr != nil {
+			return perr
+		}
+	}
+	return err
+}
+
 // table writes rows with aligned columns, two spaces apart.
 func table(w io.Writer, rows [][]string) {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)

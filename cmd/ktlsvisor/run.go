@@ -20,6 +20,7 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
 	"github.com/ktlsvisor/ktlsvisor/internal/supervise"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
 // configName is where the keeper's first supervisor finds the configuration.
@@ -56,7 +57,7 @@ const maxRestartPause = time.Second
 // runFlags is what only the flags form has.
 type runFlags struct {
 	config.Flags
-	file, pool string
+	file string
 }
 
 func (a *app) runCommand() *cobra.Command {
@@ -73,6 +74,9 @@ file, or from flags and a command after "--".
 
 SIGTERM and SIGINT end it properly, as "ktlsvisor stop" does; a second one ends it
 at once. Logs go to stderr, and so does what workers print.
+
+With --offload kernel (or offload = "kernel" in the file) it does not start on a
+machine without kernel TLS.
 
 Exit code 0: stopped as asked; 1: could not serve; 2: the command line is wrong.`,
 		Example: `  ktlsvisor run -c ktlsvisor.toml
@@ -99,7 +103,7 @@ Exit code 0: stopped as asked; 1: could not serve; 2: the command line is wrong.
 	fl.StringVar(&f.Key, "key", "", "the certificate's private key, a PEM `file`")
 	fl.IntVar(&f.Workers, "workers", config.DefaultWorkers, "worker processes")
 	fl.StringVar(&f.Offload, "offload", config.OffloadAuto, "record layer: auto, kernel or software")
-	fl.StringVar(&f.pool, "pool", config.DefaultPool, "name of the pool that the workers form")
+	fl.StringVar(&f.Pool, "pool", config.DefaultPool, "name of the pool that the workers form")
 	log.add(cmd)
 	return cmd
 }
@@ -131,8 +135,8 @@ func (a *app) runConfig(cmd *cobra.Command, f *runFlags, args []string) (*config
 		return nil, usagef("--self-signed does not go with --cert and --key")
 	case !f.SelfSigned && (f.Cert == "" || f.Key == ""):
 		return nil, usagef("no certificate: give --cert and --key, or --self-signed to make one in memory")
-	case f.Workers < 1:
-		return nil, usagef("--workers %d: at least 1 is needed", f.Workers)
+	case f.Pool == "":
+		return nil, usagef("--pool needs a name")
 	}
 	var cfg *config.Config
 	var err error
@@ -140,11 +144,17 @@ func (a *app) runConfig(cmd *cobra.Command, f *runFlags, args []string) (*config
 		cfg, err = config.Load(f.file)
 	} else {
 		f.Command = args
-		if cfg, err = config.FromFlags(f.Flags); err == nil {
-			err = renamePool(cfg, f.pool)
-		}
+		cfg, err = config.FromFlags(f.Flags)
 	}
 	if err != nil {
+		rerr := a.reportConfig(err)
+		if f.file == "" && wrongFlags(err) {
+			fmt.Fprintf(a.err, "Try %q.\n", a.helpHint())
+			rerr = quietly(exitUsage)
+		}
+		return nil, rerr
+	}
+	if err := checkKernel(cfg, ktls.Probe); err != nil {
 		return nil, a.reportConfig(err)
 	}
 	if a.adminArg != "" || cfg.Admin == "" {
@@ -154,15 +164,6 @@ func (a *app) runConfig(cmd *cobra.Command, f *runFlags, args []string) (*config
 		return nil, fmt.Errorf("admin socket: %w", err)
 	}
 	return cfg, nil
-}
-
-// renamePool names the one pool of the flags form.
-func renamePool(cfg *config.Config, name string) error {
-	cfg.Pools[0].Name = name
-	for i := range cfg.Listeners {
-		cfg.Listeners[i].Pool = name
-	}
-	return cfg.Validate()
 }
 
 // serve is the keeper: this process holds what must outlive the supervisor.

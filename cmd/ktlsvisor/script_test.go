@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"flag"
+	"fmt"
 	"os/exec"
 	"strconv"
 	"syscall"
@@ -10,6 +11,8 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
 var update = flag.Bool("update", false, "write what the commands say into the scripts' golden files")
@@ -30,6 +33,12 @@ func TestScript(t *testing.T) {
 			"exits":      cmdExits,
 			"eventually": cmdEventually,
 			"terminate":  cmdTerminate,
+		},
+		Condition: func(cond string) (bool, error) {
+			if cond != "ktls" {
+				return false, fmt.Errorf("unknown condition %q", cond)
+			}
+			return ktls.Probe().KernelTLS, nil
 		},
 		UpdateScripts:       *update,
 		RequireExplicitExec: true,

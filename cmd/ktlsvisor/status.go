@@ -27,7 +27,7 @@ Exit code 1: no ktlsvisor runs there, or it does not answer.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			st, err := a.client().Status(cmd.Context())
 			if err != nil {
-				return err
+				return a.failed(err, asJSON)
 			}
 			if asJSON {
 				return printJSON(a.out, st)
@@ -132,7 +132,7 @@ Exit code 1: no ktlsvisor runs there, or it does not answer.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			list, err := a.client().Sessions(cmd.Context())
 			if err != nil {
-				return err
+				return a.failed(err, asJSON)
 			}
 			if asJSON {
 				if list == nil {

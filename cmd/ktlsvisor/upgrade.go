@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,6 +21,9 @@ import (
 
 	"github.com/ktlsvisor/ktlsvisor/internal/admin"
 )
+
+// defaultWait is what the supervisor, too, takes when it is told nothing.
+const defaultWait = 30 * time.Second
 
 func (a *app) upgradeCommand() *cobra.Command {
 	var (
@@ -55,8 +59,8 @@ Once started, an upgrade goes on even when this command is interrupted.
 				}
 				return a.upgradeSupervisor(ctx, asJSON)
 			}
-			if wait < 0 {
-				return usagef("--wait %s is negative", wait)
+			if wait <= 0 {
+				return usagef("--wait %s is not positive: say how long to ask sessions again, or leave it out for %s", wait, defaultWait)
 			}
 			req := admin.UpgradeRequest{Wait: wait}
 			if len(args) > 0 {
@@ -71,7 +75,7 @@ Once started, an upgrade goes on even when this command is interrupted.
 	f := cmd.Flags()
 	f.BoolVar(&supervisor, "supervisor", false, "replace the supervisor instead of workers")
 	f.StringVar(&command, "command", "", "the pool's new program, from now on; its arguments stay")
-	f.DurationVar(&wait, "wait", 30*time.Second, "how long to ask sessions that reach no safe point")
+	f.DurationVar(&wait, "wait", defaultWait, "how long to ask sessions that reach no safe point; more than 0")
 	f.BoolVar(&asJSON, "json", false, "answer in JSON")
 	return cmd
 }
@@ -183,7 +187,7 @@ func printUpgrade(w io.Writer, rep *admin.UpgradeReport) {
 			said = said || p.Error == rep.Error
 			fmt.Fprintf(w, "pool %s: %s\n", clean(p.Pool), clean(p.Error))
 		}
-		for _, r := range slices.Sorted(maps.Keys(p.Reasons)) {
+		for _, r := range byCount(p.Reasons) {
 			fmt.Fprintf(w, "pool %s: %d × %s\n", clean(p.Pool), p.Reasons[r], clean(r))
 		}
 	}
@@ -191,6 +195,13 @@ func printUpgrade(w io.Writer, rep *admin.UpgradeReport) {
 		fmt.Fprintln(w, clean(rep.Error))
 	}
 	fmt.Fprintf(w, "%s (%.2f s)\n", outcomeText(rep.Outcome), rep.DurationSecs)
+}
+
+// byCount lists reasons, the most frequent first.
+func byCount(reasons map[string]int) []string {
+	return slices.SortedFunc(maps.Keys(reasons), func(a, b string) int {
+		return cmp.Or(cmp.Compare(reasons[b], reasons[a]), cmp.Compare(a, b))
+	})
 }
 
 func outcomeText(o admin.Outcome) string {

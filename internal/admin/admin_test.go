@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/hashicorp/go-hclog"
 	"go.uber.org/goleak"
 )
@@ -131,7 +133,7 @@ func TestRoundTrip(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d := cmp.Diff(want, rep); d != "" {
+	if d := cmp.Diff(want, rep, cmpopts.EquateEmpty()); d != "" {
 		t.Errorf("report (-want +got):\n%s", d)
 	}
 	if d := cmp.Diff(req, asked); d != "" {
@@ -406,5 +408,23 @@ func TestGarbageClosesTheConnectionOnly(t *testing.T) {
 	}
 	if _, err := Dial(path).Status(t.Context()); err != nil {
 		t.Errorf("status after garbage: %v", err)
+	}
+}
+
+// A script that counts what is in a list must not meet null.
+func TestReportsHaveListsNotNull(t *testing.T) {
+	for _, r := range []any{
+		UpgradeReport{},
+		&UpgradeReport{Outcome: OutcomeRefused, Pools: []PoolReport{{Pool: "chat"}}},
+		struct{ R *UpgradeReport }{&UpgradeReport{Pools: []PoolReport{{Pool: "chat", OldPIDs: []int{7}}}}},
+	} {
+		b, err := json.Marshal(r)
+		if err != nil || strings.Contains(string(b), "null") {
+			t.Errorf("%s, %v", b, err)
+		}
+	}
+	b, err := json.Marshal(PoolReport{OldPIDs: []int{7}, Moved: 3})
+	if err != nil || !strings.Contains(string(b), `"old_pids":[7],"new_pids":[]`) || !strings.Contains(string(b), `"moved":3`) {
+		t.Errorf("%s, %v", b, err)
 	}
 }

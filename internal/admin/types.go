@@ -4,6 +4,7 @@ package admin
 
 import (
 	"context"
+	"encoding/json"
 	"time"
 )
 
@@ -153,6 +154,27 @@ type PoolReport struct {
 	OldPIDs     []int          `json:"old_pids"`
 	NewPIDs     []int          `json:"new_pids"`
 	Error       string         `json:"error,omitempty"`
+}
+
+// MarshalJSON writes lists without an element as [], which scripts can count.
+func (r UpgradeReport) MarshalJSON() ([]byte, error) {
+	type plain UpgradeReport
+	if r.Pools == nil {
+		r.Pools = []PoolReport{}
+	}
+	return json.Marshal(plain(r))
+}
+
+// MarshalJSON writes lists without an element as [].
+func (r PoolReport) MarshalJSON() ([]byte, error) {
+	type plain PoolReport
+	if r.OldPIDs == nil {
+		r.OldPIDs = []int{}
+	}
+	if r.NewPIDs == nil {
+		r.NewPIDs = []int{}
+	}
+	return json.Marshal(plain(r))
 }
 
 // SupervisorReport is what `upgrade --supervisor` did.

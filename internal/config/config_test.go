@@ -256,6 +256,8 @@ func TestFlagErrorsSpeakOfFlags(t *testing.T) {
 COMMAND: there is no command to run; put it after --, as in -- ./worker --flag`},
 		"no certificate": {Flags{Listen: []string{":1"}, Workers: 1, Command: []string{"./worker"}},
 			`--listen :1: there is no certificate for this listener; add --cert FILE --key FILE, or --self-signed to try things out`},
+		"pool's name": {Flags{Listen: []string{":1"}, SelfSigned: true, Workers: 1, Pool: "a b", Command: []string{"tool"}},
+			`--pool: "a b" is no name of a pool; use 1 to 64 of the characters a-z A-Z 0-9 . _ -`},
 		"values": {Flags{Listen: []string{":1", "localhost:1"}, SelfSigned: true, Offload: "off", Command: []string{"./nosuch"}},
 			`--listen: "localhost:1" overlaps with ":1" of --listen; give each listener its own address, or keep only the one for every address
 --offload: "off" leaves sessions without a record layer that can be moved, so none would survive its process; use "auto", "kernel" or "software"
@@ -271,6 +273,41 @@ COMMAND: ` + dir + `/nosuch does not exist; build or install it, or correct the 
 				t.Error(d)
 			}
 		})
+	}
+}
+
+func TestKernelMissing(t *testing.T) {
+	dir := fixtures(t)
+	t.Chdir(dir)
+	file, err := Parse("k.toml", []byte(`self_signed = true
+listener = [{ address = "127.0.0.1:1", pool = "b" }]
+[[pool]]
+name = "a"
+command = ["tool"]
+[[pool]]
+name = "b"
+command = ["tool"]
+offload = "kernel"`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	flags, err := FromFlags(Flags{Listen: []string{":1"}, SelfSigned: true, Workers: 1, Offload: OffloadKernel, Command: []string{"tool"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for cfg, want := range map[*Config]string{
+		file:  `k.toml:9: pool[1].offload: kernel TLS is not available here: no module; load it, or use "auto"`,
+		flags: `--offload: kernel TLS is not available here: no module; load it, or use --offload auto`,
+	} {
+		if err := cfg.KernelMissing("no module", "load it"); !cfg.NeedsKernel() || err == nil || err.Error() != want {
+			t.Errorf("needs %v: %v; want %s", cfg.NeedsKernel(), err, want)
+		}
+		for i := range cfg.Pools {
+			cfg.Pools[i].Offload = OffloadAuto
+		}
+		if err := cfg.KernelMissing("no module", "load it"); cfg.NeedsKernel() || err != nil {
+			t.Errorf("without kernel: needs %v, %v", cfg.NeedsKernel(), err)
+		}
 	}
 }
 

@@ -13,6 +13,7 @@ type Flags struct {
 	Cert, Key  string   // --cert, --key
 	Workers    int      // --workers, whose default is DefaultWorkers; 0 is refused
 	Offload    string   // --offload; empty for the default
+	Pool       string   // --pool; empty for DefaultPool
 	Admin      string   // --admin
 	Command    []string // what stands after --
 }
@@ -33,6 +34,7 @@ func FromFlags(f Flags) (*Config, error) {
 		"tls":             "--cert",
 		"tls.cert":        "--cert",
 		"tls.key":         "--key",
+		"pool[0].name":    "--pool",
 		"pool[0].command": "COMMAND",
 		"pool[0].workers": "--workers",
 		"pool[0].offload": "--offload",
@@ -46,6 +48,7 @@ func FromFlags(f Flags) (*Config, error) {
 		c.src.flags[key+".cert"] = "--listen " + address
 	}
 	pool := NewPool()
+	pool.Name = f.Pool
 	pool.Command, pool.Workers = slices.Clone(f.Command), f.Workers
 	if f.Offload != "" {
 		pool.Offload = f.Offload
