@@ -4,12 +4,15 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/go-hclog"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/admin"
 	"github.com/ktlsvisor/ktlsvisor/ktls"
@@ -78,6 +81,86 @@ func TestStopReturnsAfterTheKeeper(t *testing.T) {
 		t.Errorf("run: %v", err)
 	}
 	waited = true
+}
+
+// unitThatEnds is a unit whose supervisor stops serving at once when it is asked to.
+type unitThatEnds struct {
+	admin.Backend
+	status admin.SupervisorStatus
+	end    func()
+}
+
+func (u *unitThatEnds) Status(context.Context) (*admin.Status, error) {
+	return &admin.Status{Supervisor: u.status}, nil
+}
+
+func (u *unitThatEnds) Stop(context.Context, time.Duration) error {
+	go u.end()
+	return nil
+}
+
+// The keeper usually ends within a millisecond of its listener. This one takes longer.
+func TestStopWaitsForASlowKeeper(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		waits bool
+	}{{"its own keeper", true}, {"an id of another pid namespace", false}} {
+		t.Run(tt.name, func(t *testing.T) {
+			// The shell stands for the keeper, the process below it for the supervisor.
+			sh := exec.Command("sh", "-c", "sleep 60 & echo $!; read x; kill $!; wait")
+			stdin, err := sh.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			stdout, err := sh.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := sh.Start(); err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = sh.Wait() }()
+			defer stdin.Close()
+			var child int
+			if _, err := fmt.Fscan(stdout, &child); err != nil {
+				t.Fatal(err)
+			}
+			if !tt.waits {
+				child = os.Getpid()
+			}
+			keeper, err := pidfd.Open(sh.Process.Pid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer keeper.Close()
+
+			path := filepath.Join(t.TempDir(), "a.sock")
+			l, err := admin.Listen(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			unit := &unitThatEnds{status: admin.SupervisorStatus{PID: child, KeeperPID: sh.Process.Pid}, end: cancel}
+			served := make(chan error, 1)
+			go func() {
+				err := admin.Serve(ctx, l, uint32(os.Getuid()), unit, hclog.NewNullLogger())
+				if tt.waits {
+					// How long does not matter, only that it is after the socket's end.
+					time.AfterFunc(300*time.Millisecond, func() { _ = stdin.Close() })
+				}
+				served <- err
+			}()
+			code, out, errs := cli("stop", "--grace", "10s", "--admin", path)
+			dead, err := keeper.Dead()
+			if code != 0 || err != nil || dead != tt.waits || (errs == "") != tt.waits {
+				t.Errorf("exit code %d, keeper dead %v, %v\nstdout: %s\nstderr: %s", code, dead, err, out, errs)
+			}
+			if err := <-served; err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }
 
 // A keeper that does not end is a failure, with its pid, and not an endless wait.
