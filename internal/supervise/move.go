@@ -348,8 +348,8 @@ func (s *Supervisor) attemptTimedOut(a *attempt) {
 		to := a.to
 		to.deaf = true
 		s.refuse(a, "the new worker did not answer in time")
-		if op := to.pool.op; op != nil && to.gen == op.to && op.phase == opMoving {
-			s.failUpgrade(op, fmt.Errorf("worker (pid %d) of generation %d does not answer", to.pid, to.gen))
+		if op := to.pool.op; op != nil && to.gen == op.to && op.phase == opMoving && to.pool.target() == nil {
+			s.failUpgrade(op, fmt.Errorf("worker (pid %d) of generation %d does not answer, and there is no other", to.pid, to.gen))
 		}
 	}
 }

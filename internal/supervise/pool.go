@@ -156,8 +156,12 @@ func (s *Supervisor) onReady(w *worker) error {
 	if w.state != workerStarting {
 		return nil // told to stop meanwhile
 	}
-	if !w.greeted || !w.retained {
-		return fmt.Errorf("%w: READY before WELCOME", wire.ErrProtocol)
+	if !w.greeted {
+		return fmt.Errorf("%w: READY before HELLO", wire.ErrProtocol)
+	}
+	if !w.retained {
+		w.early = true // it did not wait for WELCOME; we do
+		return nil
 	}
 	w.state, w.deadline, w.readyAt = workerReady, time.Time{}, s.now()
 	s.log.Info("worker ready", "pool", w.pool.name, "pid", w.pid, "generation", w.gen)

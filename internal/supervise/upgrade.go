@@ -294,7 +294,7 @@ func (s *Supervisor) upgradeWorkerDied(p *pool, op *upgrade, w *worker, was work
 		case w.broke != nil:
 			what = "broke the protocol: " + w.broke.Error()
 		case w.killed && was == workerStopping && op.phase == opStarting:
-			what = "was not ready within ready_timeout"
+			what = "was not ready in time (ready_timeout)"
 		case op.phase != opStarting:
 			what = "died"
 		}

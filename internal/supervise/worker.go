@@ -75,6 +75,7 @@ type worker struct {
 	exited   bool          // it is dead
 	reader   chan struct{} // closed when the reading goroutine has ended
 	greeted  bool          // HELLO came
+	early    bool          // READY came before the keeper held it
 	unready  bool          // taken over before it was known to be ready
 	retained bool          // the keeper holds it
 	broke    error         // why it was detached or killed
@@ -158,6 +159,11 @@ func (s *Supervisor) workerRetained(w *worker, err error) {
 	w.retained = true
 	if w.greeted {
 		s.welcome(w)
+	}
+	if w.early {
+		if err := s.onReady(w); err != nil {
+			s.detach(w, err)
+		}
 	}
 }
 
