@@ -1,0 +1,131 @@
+package handoff
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"io"
+	"testing"
+
+	"github.com/ktlsvisor/ktlsvisor/ktls"
+)
+
+// entered tells when a Write begins.
+type entered struct {
+	*Conn
+	ch chan<- struct{}
+}
+
+func (e entered) Write(p []byte) (int, error) {
+	select {
+	case e.ch <- struct{}{}:
+	default:
+	}
+	return e.Conn.Write(p)
+}
+
+// A client that sends and does not read, over so many moves that the output which
+// travels is at its limit, gets every byte in the end. The first form is that of a
+// handler with a writer of its own, which Conn knows nothing of.
+func TestStalledEcho(t *testing.T) {
+	const moves = 120
+	for name, echo := range map[string]func(c *Conn, writing chan<- struct{}) error{
+		"a writer of its own": func(c *Conn, writing chan<- struct{}) error {
+			_, err := io.Copy(struct{ io.Writer }{entered{c, writing}}, c)
+			return err
+		},
+		"io.Copy(c, c)": func(c *Conn, _ chan<- struct{}) error {
+			_, err := io.Copy(c, c)
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			writing, conns := make(chan struct{}, 1), make(chan *Conn, moves+2)
+			h := func(_ context.Context, c *Conn) error {
+				conns <- c
+				return echo(c, writing)
+			}
+			a, b := startProc(t, h), startProc(t, h)
+			s := newSession(t, ktls.ModeSoftware, tls.VersionTLS13)
+			a.give(s)
+			all := make([]byte, 16<<20) // more than sockets and the travelling queue hold
+			for i := 0; i < len(all); i += 4 {
+				binary.BigEndian.PutUint32(all[i:], uint32(i))
+			}
+			sent := make(chan error, 1)
+			go func() {
+				_, err := s.cli.Write(all)
+				sent <- err
+			}()
+			c := <-conns
+			waitFor(t, "blocked Write", func() bool { return blockedWriter(c) })
+			largest := 0
+			for range moves {
+				if name == "io.Copy(c, c)" {
+					waitFor(t, "Write", func() bool {
+						free := c.wmu.TryLock()
+						if free {
+							c.wmu.Unlock()
+						}
+						return !free
+					})
+				} else {
+					<-writing
+				}
+				move(s, a, b)
+				largest = max(largest, len(s.cargo.Record))
+				a, b = b, a
+				c = <-conns
+			}
+			if limit := maxBehind + 256<<10; name == "io.Copy(c, c)" && largest > limit {
+				t.Errorf("%d bytes travelled with a session whose client does not read, expected at most %d", largest, limit)
+			}
+			got := make([]byte, len(all))
+			if n, err := io.ReadFull(s.cli, got); err != nil {
+				t.Fatalf("after %d bytes: %v", n, err)
+			}
+			if !bytes.Equal(got, all) {
+				i := 0
+				for got[i] == all[i] {
+					i++
+				}
+				t.Errorf("the echo is wrong from byte %d on", i)
+			}
+			if err := <-sent; err != nil {
+				t.Error(err)
+			}
+			s.say("after it", "after it")
+		})
+	}
+}
+
+// What a writer does not take is read again.
+func TestCopyGivesBack(t *testing.T) {
+	h := newStepHandler()
+	p := startProc(t, h.serve)
+	s := software(t)
+	p.give(s)
+	h.wait(t)
+	type result struct {
+		n   int64
+		err error
+	}
+	results := make(chan result, 1)
+	h.do <- func(_ context.Context, c *Conn) error {
+		n, err := io.Copy(shortWriter(4), c)
+		results <- result{n, err}
+		_, err = io.Copy(c, c)
+		return err
+	}
+	s.write("one two")
+	if r := <-results; r.n != 4 || r.err != io.ErrShortWrite {
+		t.Errorf("io.Copy: %d, %v", r.n, r.err)
+	}
+	s.read("two")
+}
+
+// shortWriter takes so many bytes of each Write.
+type shortWriter int
+
+func (w shortWriter) Write([]byte) (int, error) { return int(w), nil }
