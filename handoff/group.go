@@ -231,8 +231,19 @@ func (w *worker) sendBatch(b *batch) {
 		it.Group = b.group
 		items = append(items, it)
 	}
+	for _, s := range b.members {
+		s.sent = 0
+	}
 	parts := wire.BatchItems(items)
 	for i, part := range parts {
+		if w.gone != nil {
+			return
+		}
+		for j := range part {
+			if s := b.members[part[j].ID]; s != nil {
+				s.sent = part[j].Epoch
+			}
+		}
 		m := &wire.Message{Type: wire.TypeParked, Group: b.group, Items: part}
 		if i == len(parts)-1 {
 			m.Last = true

@@ -2,6 +2,7 @@ package handoff
 
 import (
 	"errors"
+	"slices"
 	"sync"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
@@ -52,6 +53,8 @@ type outbox struct {
 	list    []*wire.Message
 	load    wire.Load // of the last message of list
 	closing bool
+	sending *wire.Message   // taken off list and not known to be sent
+	unsent  []*wire.Message // PARKEDs whose failure the loop has not heard of
 }
 
 func newOutbox(ch *wire.Channel, failed func(*wire.Message, error)) *outbox {
@@ -73,7 +76,7 @@ func (q *outbox) put(m *wire.Message) error {
 	}
 	q.list = append(q.list, m)
 	q.load = loadOf(m)
-	q.cond.Signal()
+	q.cond.Broadcast()
 	return nil
 }
 
@@ -115,12 +118,41 @@ func (q *outbox) mergeLocked(last, m *wire.Message) bool {
 	return true
 }
 
+// heard takes m off the messages that abandon reports.
+func (q *outbox) heard(m *wire.Message) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.unsent = slices.DeleteFunc(q.unsent, func(x *wire.Message) bool { return x == m })
+}
+
+// abandon gives up what waits, and returns the PARKEDs that never left: a message is
+// one packet, sent whole or not at all. The channel must be closed, so that a send in
+// progress ends at once.
+func (q *outbox) abandon() []*wire.Message {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for q.sending != nil {
+		q.cond.Wait()
+	}
+	parked := q.unsent
+	for _, m := range q.list {
+		if m.Type == wire.TypeParked {
+			parked = append(parked, m)
+		}
+		for i := range m.Items {
+			clear(m.Items[i].Cargo.Record)
+		}
+	}
+	q.list, q.unsent = nil, nil
+	return parked
+}
+
 // close lets run end when everything is sent.
 func (q *outbox) close() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.closing = true
-	q.cond.Signal()
+	q.cond.Broadcast()
 }
 
 func (q *outbox) run() {
@@ -137,11 +169,19 @@ func (q *outbox) run() {
 		m := q.list[0]
 		q.list[0] = nil
 		q.list = q.list[1:]
+		q.sending = m
 		q.mu.Unlock()
 		err := q.ch.Send(m)
 		for i := range m.Items {
 			clear(m.Items[i].Cargo.Record) // may hold keys; the copy to keep is elsewhere
 		}
+		q.mu.Lock()
+		q.sending = nil
+		if err != nil && m.Type == wire.TypeParked {
+			q.unsent = append(q.unsent, m)
+		}
+		q.cond.Broadcast()
+		q.mu.Unlock()
 		if err != nil {
 			q.failed(m, err)
 		}

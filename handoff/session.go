@@ -382,6 +382,10 @@ func (w *worker) orphan() {
 				s.conn.thaw()
 			}
 			w.step(s)
+		case s.batch != nil:
+			// What was given is forgotten, or will be; the rest goes on as if thawed.
+			s.batch.thawed[s.id] = true
+			w.advance(s.batch)
 		}
 	}
 }

@@ -253,6 +253,7 @@ func (w *worker) send(m *wire.Message) {
 		return
 	}
 	if err := w.out.put(m); err != nil {
+		w.keep(m)
 		w.lost(fmt.Errorf("%w: %w", wire.ErrProtocol, err))
 	}
 }
@@ -271,7 +272,19 @@ func (w *worker) lost(err error) {
 	w.gone = fmt.Errorf("%w: %w", ErrSupervisorGone, err)
 	_ = w.ch.Close()
 	w.tombs = map[uint64]wire.Closed{}
+	for _, m := range w.out.abandon() {
+		w.keep(m)
+	}
 	w.orphan()
+}
+
+// keep notes that a PARKED did not leave: nobody else has its sessions.
+func (w *worker) keep(m *wire.Message) {
+	for i := range m.Items {
+		if s := w.sessions[m.Items[i].ID]; s != nil && s.sent == m.Items[i].Epoch {
+			s.sent = 0
+		}
+	}
 }
 
 // notSent deals with a message that could not be sent. Only PARKED can fail without
@@ -281,6 +294,7 @@ func (w *worker) notSent(m *wire.Message, err error) {
 		w.lost(err)
 		return
 	}
+	w.out.heard(m)
 	w.log.Error("sessions stay here: their state could not be sent", "sessions", len(m.Items), "error", err)
 	for i := range m.Items {
 		if s := w.sessions[m.Items[i].ID]; s != nil && s.attempt == m.Items[i].Epoch {
