@@ -44,6 +44,7 @@ var rules = []rule{
 		why: "it stands just below the command line"},
 	{path: "cmd/ktlsvisor", may: append([]string{"internal/admin", "internal/config", "internal/demo", "internal/keeper", "internal/load", "internal/supervise", "internal/sys"}, public...),
 		why: "the command line is above everything but knows nothing of messages or of tests"},
+	{path: "internal/bench", may: []string{"internal/sys", "internal/vmtest/guest", "ktls"}, why: "it compares the record layer with crypto/tls, and nothing else may take part"},
 	{path: "internal/e2e", may: append([]string{"internal/admin", "internal/config", "internal/demo", "internal/keeper", "internal/load", "internal/supervise", "internal/sys", "internal/wire"}, public...),
 		why: "the end-to-end tests stand above everything"},
 }
