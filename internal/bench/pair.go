@@ -128,10 +128,10 @@ func newPair(lib library, version uint16, creds *credentials) (*pair, error) {
 	done := make(chan error, 1)
 	go func() {
 		var err error
-		p.client, err = start(lib, cc, creds.client(version), true)
+		p.client, err = connect(lib, cc, creds.client(version))
 		done <- err
 	}()
-	p.server, err = start(lib, sc, creds.server(version), false)
+	p.server, err = newServer(lib, creds.server(version)).handshake(sc)
 	if err != nil {
 		_ = sc.Close() // lets the client go
 	}
@@ -143,19 +143,31 @@ func newPair(lib library, version uint16, creds *credentials) (*pair, error) {
 	return p, nil
 }
 
-// start makes the handshake at one end.
-func start(lib library, c *net.TCPConn, conf *tls.Config, client bool) (net.Conn, error) {
+// server keeps one configuration for all its connections, as a listener does.
+type server struct {
+	lib  library
+	tls  *tls.Config
+	ktls *ktls.Config
+}
+
+func newServer(lib library, conf *tls.Config) *server {
+	return &server{lib: lib, tls: conf, ktls: &ktls.Config{TLS: conf, Mode: ktls.ModeSoftware}}
+}
+
+func (s *server) handshake(c *net.TCPConn) (net.Conn, error) {
+	ctx := context.Background()
+	if s.lib == ours {
+		return ktls.Server(ctx, c, s.ktls)
+	}
+	tc := tls.Server(c, s.tls)
+	return tc, tc.HandshakeContext(ctx)
+}
+
+func connect(lib library, c *net.TCPConn, conf *tls.Config) (net.Conn, error) {
 	ctx := context.Background()
 	if lib == ours {
-		cfg := &ktls.Config{TLS: conf, Mode: ktls.ModeSoftware}
-		if client {
-			return ktls.Client(ctx, c, cfg)
-		}
-		return ktls.Server(ctx, c, cfg)
+		return ktls.Client(ctx, c, &ktls.Config{TLS: conf, Mode: ktls.ModeSoftware})
 	}
-	tc := tls.Server(c, conf)
-	if client {
-		tc = tls.Client(c, conf)
-	}
+	tc := tls.Client(c, conf)
 	return tc, tc.HandshakeContext(ctx)
 }

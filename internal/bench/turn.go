@@ -10,20 +10,22 @@ import (
 // turn is what one turn cost.
 type turn struct {
 	wall time.Duration
-	cpu  time.Duration // user and system, of the whole process: both ends
+	cpu  time.Duration // user and system; of both ends, except for handshakes
 }
 
 // cpuTime is what this process has used so far.
-func cpuTime() (time.Duration, error) {
+func cpuTime() (time.Duration, error) { return usedBy(syscall.RUSAGE_SELF) }
+
+func usedBy(who int) (time.Duration, error) {
 	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+	if err := syscall.Getrusage(who, &u); err != nil {
 		return 0, fmt.Errorf("getrusage: %w", err)
 	}
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano()), nil
 }
 
-func timed(work func() error) (turn, error) {
-	cpu, err := cpuTime()
+func timed(clock func() (time.Duration, error), work func() error) (turn, error) {
+	cpu, err := clock()
 	if err != nil {
 		return turn{}, err
 	}
@@ -32,7 +34,7 @@ func timed(work func() error) (turn, error) {
 		return turn{}, err
 	}
 	t := turn{wall: time.Since(begin)}
-	after, err := cpuTime()
+	after, err := clock()
 	t.cpu = after - cpu
 	return t, err
 }
@@ -60,11 +62,15 @@ type Comparison struct {
 // compare lets both libraries work in turns. amount is what one turn does, in
 // units of the rate; cpuUnits is the same in what the CPU time is for.
 func compare(name string, turns int, amount, cpuUnits float64, work map[library]func() error) (Comparison, error) {
+	return compareBy(cpuTime, name, turns, amount, cpuUnits, work)
+}
+
+func compareBy(clock func() (time.Duration, error), name string, turns int, amount, cpuUnits float64, work map[library]func() error) (Comparison, error) {
 	rates, cpus := map[library][]float64{}, map[library][]float64{}
 	for i := -1; i < turns; i++ { // the first turn is for warming up
 		for j := range libraries {
 			lib := libraries[(i+1+j)%len(libraries)] // who is first changes
-			t, err := timed(work[lib])
+			t, err := timed(clock, work[lib])
 			if err != nil {
 				return Comparison{}, fmt.Errorf("%s, %s: %w", name, lib, err)
 			}

@@ -7,14 +7,27 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"runtime/pprof"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/bench"
 )
 
 func main() {
-	turns := flag.Int("turns", 15, "turns of each library in a measurement")
+	turns := flag.Int("turns", 31, "turns of each library in a measurement")
 	only := flag.String("run", "", "regular expression: only measurements with such a name")
+	profile := flag.String("cpuprofile", "", "file for a CPU profile of the run")
 	flag.Parse()
+	if *profile != "" {
+		f, err := os.Create(*profile)
+		if err == nil {
+			err = pprof.StartCPUProfile(f)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		defer pprof.StopCPUProfile()
+	}
 	if err := run(*turns, *only); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
@@ -31,7 +44,14 @@ func run(turns int, only string) error {
 			if !match.MatchString(fmt.Sprintf("bulk%d", size>>10)) {
 				continue
 			}
-			c, err := bench.Bulk(v, size, 256<<20, turns)
+			c, err := bench.Bulk(v, size, 64<<20, turns)
+			if err != nil {
+				return err
+			}
+			show(c)
+		}
+		if match.MatchString("handshake") {
+			c, err := bench.Handshake(v, 40, turns)
 			if err != nil {
 				return err
 			}
