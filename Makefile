@@ -31,5 +31,5 @@ lint: ## gofmt, vet, and golangci-lint if it is installed, else staticcheck
 	$(GO) vet ./...
 	@if command -v golangci-lint >/dev/null; then golangci-lint run; else $(GO) run $(STATICCHECK) ./...; fi
 
-bench: ## benchmarks on this machine
-	$(GO) test -run '^$$' -bench . -benchmem ./...
+bench: ## the record layer against crypto/tls, into docs/benchmarks: BENCH_RUN=REGEXP
+	$(GO) run ./internal/bench/cmd/bench -o docs/benchmarks -run '$(BENCH_RUN)'

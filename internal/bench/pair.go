@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"math/big"
 	"net"
+	"sync"
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/ktls"
@@ -148,6 +149,8 @@ type server struct {
 	lib  library
 	tls  *tls.Config
 	ktls *ktls.Config
+
+	closing sync.WaitGroup
 }
 
 func newServer(lib library, conf *tls.Config) *server {

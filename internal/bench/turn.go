@@ -56,6 +56,8 @@ type Comparison struct {
 	SpeedLow  float64 `json:"speed_ratio_q1"`
 	SpeedHigh float64 `json:"speed_ratio_q3"`
 	CPU       float64 `json:"cpu_ratio"`
+	CPULow    float64 `json:"cpu_ratio_q1"`
+	CPUHigh   float64 `json:"cpu_ratio_q3"`
 	Turns     int     `json:"turns"`
 }
 
@@ -86,7 +88,7 @@ func compareBy(clock func() (time.Duration, error), name string, turns int, amou
 		OursRate: quantile(rates[ours], .5), StockRate: quantile(rates[stock], .5),
 		OursCPU: quantile(cpus[ours], .5), StockCPU: quantile(cpus[stock], .5),
 		Speed: quantile(speed, .5), SpeedLow: quantile(speed, .25), SpeedHigh: quantile(speed, .75),
-		CPU: quantile(cpu, .5), Turns: turns,
+		CPU: quantile(cpu, .5), CPULow: quantile(cpu, .25), CPUHigh: quantile(cpu, .75), Turns: turns,
 	}, nil
 }
 

@@ -14,7 +14,8 @@ import (
 
 func main() {
 	turns := flag.Int("turns", 31, "turns of each library in a measurement")
-	only := flag.String("run", "", "regular expression: only measurements with such a name")
+	only := flag.String("run", "", "regular expression: only such of bulk16, bulk64, bulk256, pingpong, handshake")
+	dir := flag.String("o", "", "directory for README.md, results.json and the plots")
 	profile := flag.String("cpuprofile", "", "file for a CPU profile of the run")
 	flag.Parse()
 	if *profile != "" {
@@ -28,44 +29,50 @@ func main() {
 		}
 		defer pprof.StopCPUProfile()
 	}
-	if err := run(*turns, *only); err != nil {
+	if err := run(*turns, *only, *dir); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(turns int, only string) error {
+// bulkTurn is the bytes of one turn: some 50 ms.
+const bulkTurn = 64 << 20
+
+func run(turns int, only, dir string) error {
 	match, err := regexp.Compile(only)
 	if err != nil {
 		return fmt.Errorf("-run: %w", err)
 	}
+	if turns < 1 {
+		return fmt.Errorf("-turns %d: at least one is needed", turns)
+	}
+	var results []bench.Comparison
 	for _, v := range []uint16{tls.VersionTLS13, tls.VersionTLS12} {
-		for _, size := range []int{16 << 10, 64 << 10, 256 << 10} {
-			if !match.MatchString(fmt.Sprintf("bulk%d", size>>10)) {
+		for _, m := range []struct {
+			name    string
+			measure func() (bench.Comparison, error)
+		}{
+			{"bulk16", func() (bench.Comparison, error) { return bench.Bulk(v, 16<<10, bulkTurn, turns) }},
+			{"bulk64", func() (bench.Comparison, error) { return bench.Bulk(v, 64<<10, bulkTurn, turns) }},
+			{"bulk256", func() (bench.Comparison, error) { return bench.Bulk(v, 256<<10, bulkTurn, turns) }},
+			{"pingpong", func() (bench.Comparison, error) { return bench.PingPong(v, 2000, turns) }},
+			{"handshake", func() (bench.Comparison, error) { return bench.Handshake(v, 40, turns) }},
+		} {
+			if !match.MatchString(m.name) {
 				continue
 			}
-			c, err := bench.Bulk(v, size, 64<<20, turns)
+			c, err := m.measure()
 			if err != nil {
 				return err
 			}
 			show(c)
-		}
-		if match.MatchString("handshake") {
-			c, err := bench.Handshake(v, 40, turns)
-			if err != nil {
-				return err
-			}
-			show(c)
-		}
-		if match.MatchString("pingpong") {
-			c, err := bench.PingPong(v, 10000, turns)
-			if err != nil {
-				return err
-			}
-			show(c)
+			results = append(results, c)
 		}
 	}
-	return nil
+	if dir == "" {
+		return nil
+	}
+	return bench.NewReport(results).Write(dir)
 }
 
 func show(c bench.Comparison) {
