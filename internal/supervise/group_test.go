@@ -41,12 +41,7 @@ func parkGroup(name string, tries []wire.Ref, last bool) *wire.Message {
 // A group moves as one: nothing is offered before all members are parked, nothing
 // is committed before all are adopted, and its blob travels.
 func TestGroupMovesAsOne(t *testing.T) {
-	u := newUnit(t)
-	old := u.worker(1)
-	ms := u.members(old, 3, "room")
-	young := u.worker(2)
-	u.retire(old, 2)
-	fr := old.expect(wire.TypeFreeze)
+	u, old, young, ms, fr := freezing(t, 3)
 	if fr.Group != "room" || !fr.Last || len(fr.Refs) != 3 {
 		t.Fatalf("FREEZE %+v", fr)
 	}
@@ -78,12 +73,7 @@ func TestGroupMovesAsOne(t *testing.T) {
 
 // One member that cannot be adopted keeps all of them where they were.
 func TestGroupIsRefusedAsOne(t *testing.T) {
-	u := newUnit(t)
-	old := u.worker(1)
-	ms := u.members(old, 3, "room")
-	young := u.worker(2)
-	u.retire(old, 2)
-	fr := old.expect(wire.TypeFreeze)
+	u, old, young, ms, fr := freezing(t, 3)
 	old.send(parkGroup("room", fr.Refs, true))
 	young.expect(wire.TypeAdopt)
 	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: fr.Refs[:2]})
@@ -103,12 +93,7 @@ func TestGroupIsRefusedAsOne(t *testing.T) {
 
 // A member that ends while the group is under way does not hold the others up.
 func TestMemberEndsDuringGroupMove(t *testing.T) {
-	u := newUnit(t)
-	old := u.worker(1)
-	ms := u.members(old, 2, "room")
-	young := u.worker(2)
-	u.retire(old, 2)
-	fr := old.expect(wire.TypeFreeze)
+	_, old, young, ms, fr := freezing(t, 2)
 	var staying, leaving wire.Ref
 	for i, r := range fr.Refs {
 		if r.ID == ms[0].ID {
@@ -156,12 +141,7 @@ func TestJoinElsewhereMovesTheSession(t *testing.T) {
 
 // Who wants to join while the group moves is answered when it has arrived.
 func TestJoinWaitsForAMovingGroup(t *testing.T) {
-	u := newUnit(t)
-	old := u.worker(1)
-	u.members(old, 1, "room")
-	young := u.worker(2)
-	u.retire(old, 2)
-	fr := old.expect(wire.TypeFreeze)
+	u, old, young, _, fr := freezing(t, 1)
 	newcomer := u.owned(young, true)
 	young.send(&wire.Message{Type: wire.TypeGroup, Refs: refs(newcomer), Group: "room"})
 	u.silent(young)
@@ -176,12 +156,7 @@ func TestJoinWaitsForAMovingGroup(t *testing.T) {
 
 // The old worker dies in the middle of a group's move.
 func TestGroupsOwnerDies(t *testing.T) {
-	u := newUnit(t)
-	old := u.worker(1)
-	u.members(old, 2, "room")
-	young := u.worker(2)
-	u.retire(old, 2)
-	fr := old.expect(wire.TypeFreeze)
+	u, old, young, _, fr := freezing(t, 2)
 	old.send(parkGroup("room", fr.Refs, true))
 	young.expect(wire.TypeAdopt)
 	old.kill()

@@ -397,3 +397,30 @@ func parkedItem(ref wire.Ref, record string) *wire.Message {
 func refs(r ...wire.Ref) []wire.Ref { return r }
 
 func closeFDs(fds []int) { sys.CloseAll(fds) }
+
+// offered is a unit with one session, owned by old as own, that is parked as try
+// with record state "parked" and offered to young.
+func offered(t *testing.T, software bool) (u *unit, old, young *fake, own, try wire.Ref) {
+	t.Helper()
+	u = newUnit(t)
+	old = u.worker(1)
+	own = u.owned(old, software)
+	young = u.worker(2)
+	u.retire(old, 2)
+	try = old.expect(wire.TypeFreeze).Refs[0]
+	old.send(parkedItem(try, "parked"))
+	young.expect(wire.TypeAdopt)
+	return u, old, young, own, try
+}
+
+// freezing is a unit with a group "room" of n members at old that is asked to
+// freeze.
+func freezing(t *testing.T, n int) (u *unit, old, young *fake, ms []wire.Ref, fr *wire.Message) {
+	t.Helper()
+	u = newUnit(t)
+	old = u.worker(1)
+	ms = u.members(old, n, "room")
+	young = u.worker(2)
+	u.retire(old, 2)
+	return u, old, young, ms, old.expect(wire.TypeFreeze)
+}

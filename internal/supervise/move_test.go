@@ -63,14 +63,7 @@ func TestFailedMoveThaws(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			u := newUnit(t)
-			old := u.worker(1)
-			own := u.owned(old, true)
-			young := u.worker(2)
-			u.retire(old, 2)
-			try := old.expect(wire.TypeFreeze).Refs[0]
-			old.send(parkedItem(try, "parked"))
-			young.expect(wire.TypeAdopt)
+			u, old, young, own, try := offered(t, true)
 			fail(u, young, try)
 			if got := old.expect(wire.TypeThaw).Refs[0]; got != try {
 				t.Fatalf("THAW %+v, want %+v", got, try)
@@ -125,14 +118,7 @@ func TestLateAnswersOfAnAbortedAttemptAreIgnored(t *testing.T) {
 
 // The old worker may die once its sessions are parked: they go on from there.
 func TestOldWorkerDiesAfterParked(t *testing.T) {
-	u := newUnit(t)
-	old := u.worker(1)
-	own := u.owned(old, true)
-	young := u.worker(2)
-	u.retire(old, 2)
-	try := old.expect(wire.TypeFreeze).Refs[0]
-	old.send(parkedItem(try, "parked"))
-	young.expect(wire.TypeAdopt)
+	u, old, young, own, try := offered(t, true)
 	old.kill()
 	u.until(func() bool { return u.s.workers[old.w.id] == nil })
 	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(try)})
@@ -147,14 +133,7 @@ func TestOldWorkerDiesAfterParked(t *testing.T) {
 
 // Both die: the first adopter too. The parked state goes to a third worker.
 func TestParkedStateSurvivesBothWorkers(t *testing.T) {
-	u := newUnit(t)
-	old := u.worker(1)
-	u.owned(old, true)
-	young := u.worker(2)
-	u.retire(old, 2)
-	try := old.expect(wire.TypeFreeze).Refs[0]
-	old.send(parkedItem(try, "parked"))
-	young.expect(wire.TypeAdopt)
+	u, old, young, _, try := offered(t, true)
 	old.kill()
 	u.until(func() bool { return u.s.workers[old.w.id] == nil })
 	young.kill()

@@ -43,14 +43,7 @@ func (u *unit) recovered() {
 // The supervisor dies after the commit and before RESUME got out: the new owner
 // has it, and is told to go on.
 func TestCrashAfterCommitRollsForward(t *testing.T) {
-	u := newUnit(t)
-	old := u.worker(1)
-	own := u.owned(old, true)
-	young := u.worker(2)
-	u.retire(old, 2)
-	try := old.expect(wire.TypeFreeze).Refs[0]
-	old.send(parkedItem(try, "parked"))
-	young.expect(wire.TypeAdopt)
+	u, old, young, own, try := offered(t, true)
 	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(try)})
 	young.expect(wire.TypeResume) // the test says it did not arrive
 	old.expect(wire.TypeRelease)
@@ -73,14 +66,7 @@ func TestCrashAfterCommitRollsForward(t *testing.T) {
 // The supervisor dies before the commit: the old owner goes on, the new one drops
 // its copy, and a late ADOPTED changes nothing.
 func TestCrashBeforeCommitRollsBack(t *testing.T) {
-	u := newUnit(t)
-	old := u.worker(1)
-	own := u.owned(old, true)
-	young := u.worker(2)
-	u.retire(old, 2)
-	try := old.expect(wire.TypeFreeze).Refs[0]
-	old.send(parkedItem(try, "parked"))
-	young.expect(wire.TypeAdopt)
+	u, old, young, own, try := offered(t, true)
 	u.crash()
 	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(try)})
 	old.reply(wire.Held{Ref: own, Phase: wire.PhaseParked, Attempt: try.Epoch})
@@ -175,12 +161,7 @@ func TestDetachedWorkerKeepsItsSessionsOverACrash(t *testing.T) {
 // The supervisor dies between the commits of two members of one group: none was
 // resumed, so all go back.
 func TestCrashInTheMiddleOfAGroupsCommit(t *testing.T) {
-	u := newUnit(t)
-	old := u.worker(1)
-	ms := u.members(old, 2, "room")
-	young := u.worker(2)
-	u.retire(old, 2)
-	fr := old.expect(wire.TypeFreeze)
+	u, old, young, ms, fr := freezing(t, 2)
 	old.send(parkGroup("room", fr.Refs, true))
 	young.expect(wire.TypeAdopt)
 	// The first member's commit, by hand.

@@ -162,14 +162,7 @@ func TestWaitersOfADeadHome(t *testing.T) {
 
 // A worker that says late what it has is brought into line then.
 func TestLateInventory(t *testing.T) {
-	u := newUnit(t)
-	old := u.worker(1)
-	own := u.owned(old, true)
-	young := u.worker(2)
-	u.retire(old, 2)
-	try := old.expect(wire.TypeFreeze).Refs[0]
-	old.send(parkedItem(try, "parked"))
-	young.expect(wire.TypeAdopt)
+	u, old, young, own, try := offered(t, true)
 	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(try)})
 	young.expect(wire.TypeResume) // the test says it did not arrive
 	old.expect(wire.TypeRelease)
