@@ -36,6 +36,19 @@ const quiesceTimeout = 15 * time.Second
 
 var errNotIdle = errors.New("sessions, workers or an upgrade are under way and do not come to an end")
 
+var errPredecessor = errors.New("the supervisor before this one is still finishing handshakes (for at most handshake_timeout); try again when it has ended")
+
+// predecessorGone says whether tableflip can start another: never while the process
+// that started this one lives.
+func (p *process) predecessorGone(ctx context.Context) bool {
+	if !p.upg.HasParent() {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
+	defer cancel()
+	return !errors.Is(p.upg.WaitForParent(ctx), context.DeadlineExceeded)
+}
+
 // lateGate routes sessions whose handshake has ended: to this process's ledger
 // while it leads, to the successor afterwards.
 type lateGate struct {
@@ -126,6 +139,9 @@ func readLate(fds []int) (*admission, error) {
 // replaceSelf starts a successor and returns when it leads, or with the error
 // after which this supervisor goes on as before.
 func (s *Supervisor) replaceSelf(ctx context.Context, p *process, say func(string)) (err error) {
+	if !p.predecessorGone(ctx) {
+		return errPredecessor
+	}
 	if err := s.quiesce(ctx); err != nil {
 		s.call(s.goOn)
 		return err
