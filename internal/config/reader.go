@@ -119,25 +119,21 @@ func (r *reader) element(key string, v any, i int, fields map[string]field) {
 	r.wrongType(elem, v.([]any)[i], "a table", fmt.Sprintf("write [[%s]] and its keys below", key))
 }
 
-func (r *reader) text(dst *string) field {
-	return func(key string, v any) {
-		s, ok := v.(string)
-		if !ok {
-			r.wrongType(key, v, "text", `write it in quotes`)
-			return
-		}
-		*dst = s
-	}
-}
+func (r *reader) text(dst *string) field { return typed(r, dst, "text", "write it in quotes") }
 
 func (r *reader) boolean(dst *bool) field {
+	return typed(r, dst, "true or false", "write true or false, without quotes")
+}
+
+// typed takes a value that TOML has a type for.
+func typed[T any](r *reader, dst *T, what, how string) field {
 	return func(key string, v any) {
-		b, ok := v.(bool)
+		x, ok := v.(T)
 		if !ok {
-			r.wrongType(key, v, "true or false", "write true or false, without quotes")
+			r.wrongType(key, v, what, how)
 			return
 		}
-		*dst = b
+		*dst = x
 	}
 }
 

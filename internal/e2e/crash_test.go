@@ -57,21 +57,7 @@ func TestHostWorkerKilledInTheMiddleOfAnUpgradeIsAccountedFor(t *testing.T) {
 			s := u.stubborn(dir)
 			running := make(chan visor.Result, 1)
 			go func() { running <- u.Run("upgrade", "--wait", "20s", "--json") }()
-			// All but the stubborn one have moved: that is the middle.
-			var victim admin.WorkerStatus
-			u.await("the middle of the upgrade", func(st *admin.Status) bool {
-				left := 0
-				for _, w := range st.Pools[0].Workers {
-					old := slices.Contains(before, w.PID)
-					if old {
-						left += w.Sessions
-					}
-					if old == (which == "old") && w.Sessions > 0 {
-						victim = w
-					}
-				}
-				return left == 1 && victim.Sessions > 0
-			})
+			victim := u.middleOfUpgrade(before, which == "old")
 			if err := u.KillProcess(victim.PID); err != nil {
 				t.Fatal(err)
 			}
@@ -255,4 +241,24 @@ func TestNoConnectionIsRefusedWhileSupervisorsChange(t *testing.T) {
 	if st.Counters.Lost+st.Handshakes.Failed+st.Handshakes.Refused+st.Handshakes.TimedOut != 0 {
 		t.Errorf("counters %+v, handshakes %+v", st.Counters, st.Handshakes)
 	}
+}
+
+// middleOfUpgrade waits until all sessions but a stubborn one have moved, and returns
+// an old worker, or a new one, that has sessions then. before names the old ones.
+func (u *unit) middleOfUpgrade(before []int, wantOld bool) (victim admin.WorkerStatus) {
+	u.t.Helper()
+	u.await("the middle of the upgrade", func(st *admin.Status) bool {
+		left := 0
+		for _, w := range st.Pools[0].Workers {
+			old := slices.Contains(before, w.PID)
+			if old {
+				left += w.Sessions
+			}
+			if old == wantOld && w.Sessions > 0 {
+				victim = w
+			}
+		}
+		return left == 1 && victim.Sessions > 0
+	})
+	return victim
 }

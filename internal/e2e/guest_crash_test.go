@@ -26,20 +26,7 @@ func TestKernelLayerWorkerKilledInTheMiddleOfAnUpgrade(t *testing.T) {
 			s := u.stubborn(dir)
 			running := make(chan visor.Result, 1)
 			go func() { running <- u.Run("upgrade", "--wait", "60s", "--json") }()
-			var victim admin.WorkerStatus
-			u.await("the middle of the upgrade", func(st *admin.Status) bool {
-				left := 0
-				for _, w := range st.Pools[0].Workers {
-					old := slices.Contains(before, w.PID)
-					if old {
-						left += w.Sessions
-					}
-					if old == (which == "old") && w.Sessions > 0 {
-						victim = w
-					}
-				}
-				return left == 1 && victim.Sessions > 0
-			})
+			victim := u.middleOfUpgrade(before, which == "old")
 			f.Phase("kill -9 in the middle", true)
 			if err := u.KillProcess(victim.PID); err != nil {
 				t.Fatal(err)

@@ -27,6 +27,7 @@ const patience = 10 * time.Second
 // memStore is a keeper in this process.
 type memStore struct {
 	mu      sync.Mutex
+	full    bool // nothing more can be put
 	entries map[keeper.Key]keeper.Entry
 }
 
@@ -48,6 +49,9 @@ func dupAll(fds []int) ([]int, error) {
 func (m *memStore) Put(_ context.Context, entries ...keeper.Entry) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.full {
+		return keeper.ErrFull
+	}
 	for _, e := range entries {
 		fds, err := dupAll(e.FDs)
 		if err != nil {
