@@ -81,6 +81,7 @@ func (c *Conn) Close() error {
 	c.wmu.Lock()
 	c.layer.wipe()
 	c.secrets.wipe()
+	c.dropTickets()
 	c.unread, c.hand, c.queued = nil, nil, nil
 	c.buffered.Store(0)
 	c.pending.Store(0)

@@ -38,8 +38,9 @@ type Conn struct {
 	unread   []byte // pushed back by Unread
 	hand     []byte // part of a handshake message that goes on in the next record
 	floods   floods
-	rxUsed   uint64 // of the key's limit, see usage
-	rxGen    uint64 // generations of the key since the handshake
+	tickets  *ticketStore // client role: who stores them, nil when nobody does
+	rxUsed   uint64       // of the key's limit, see usage
+	rxGen    uint64       // generations of the key since the handshake
 	buffered atomic.Int64
 
 	wmu     sync.Mutex // writing

@@ -89,6 +89,9 @@ func (c *Conn) handleData(n int) error {
 		return c.fail(alertUnexpectedMessage, "application data inside a handshake message")
 	}
 	c.floods = floods{}
+	if c.tickets != nil && c.tickets.given > 0 {
+		c.dropTickets() // servers send them all at once
+	}
 	c.rxUsed += usage(n)
 	if c.limit == 0 || c.rxUsed <= c.limit {
 		return nil
@@ -207,10 +210,10 @@ func (c *Conn) handleMessage(typ byte, body []byte) error {
 	case msgKeyUpdate:
 		return c.handleKeyUpdate(body[0])
 	case msgNewSessionTicket:
-		// Nothing resumes from here: the resumption secret stayed in the handshake.
 		if err := checkTicket(body); err != nil {
 			return c.fail(alertDecodeError, err.Error())
 		}
+		c.storeTicket(body)
 		return nil
 	}
 	// TLS 1.2 renegotiation, asked for by either role: the session goes on without

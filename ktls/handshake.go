@@ -35,7 +35,9 @@ func Server(ctx context.Context, c *net.TCPConn, cfg *Config) (*Conn, error) {
 
 // Client is Server for the other role: cfg.TLS needs ServerName, or
 // InsecureSkipVerify. Sessions of TLS 1.3 are resumed from
-// cfg.TLS.ClientSessionCache, but none are added to it.
+// cfg.TLS.ClientSessionCache, and their tickets are stored in it as far as they come
+// before the first data that follows one of them, and before the session moves; Read
+// does that, as in crypto/tls. A session of TLS 1.2 is neither resumed nor stored.
 func Client(ctx context.Context, c *net.TCPConn, cfg *Config) (*Conn, error) {
 	return handshake(ctx, c, cfg, true, func(w *wire) (*tls.Conn, error) {
 		conf, err := clientConfig(cfg.TLS, w)
@@ -77,8 +79,8 @@ func handshake(ctx context.Context, c *net.TCPConn, cfg *Config, client bool, st
 		return nil, err
 	}
 	stage = StageOffload
-	// From here on tc is not touched: its Close would seal an alert with a sequence
-	// number that is ours.
+	// From here on tc does not touch the connection: its Close would seal an alert with
+	// a sequence number that is ours.
 	cs := tc.ConnectionState()
 	conn, err := w.offload(c, &cs, cfg.Mode, kernel, reason)
 	if err != nil {
@@ -88,6 +90,7 @@ func handshake(ctx context.Context, c *net.TCPConn, cfg *Config, client bool, st
 		conn.layer.wipe()
 		return nil, err
 	}
+	conn.tickets = w.keepTickets(tc, conn.p, cfg.TLS)
 	return conn, nil
 }
 

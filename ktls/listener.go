@@ -3,6 +3,7 @@ package ktls
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"sync"
 )
@@ -11,13 +12,36 @@ import (
 // accepted a listener has at most; more connections wait in the accept queue of the kernel.
 const maxPendingHandshakes = 1024
 
-// NewListener returns a listener whose Accept gives *Conn. Handshakes run
-// concurrently, so a slow client holds up nobody. Those that fail are reported to
-// cfg.OnHandshakeError and otherwise dropped. Close also ends handshakes in
-// progress and sessions that nobody accepted.
+// Listen listens on a TCP address, without multipath TCP, and returns NewListener of
+// that, as tls.Listen does. network is "tcp", "tcp4" or "tcp6".
+func Listen(network, addr string, cfg *Config) (net.Listener, error) {
+	if cfg == nil {
+		return nil, fmt.Errorf("listen on %s: %w", addr, errNoTLS)
+	}
+	if _, err := cfg.serverBase(); err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", addr, err)
+	}
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	l, err := lc.Listen(context.Background(), network, addr)
+	if err != nil {
+		return nil, err
+	}
+	if _, ok := l.(*net.TCPListener); !ok {
+		_ = l.Close()
+		return nil, fmt.Errorf("listen on %s: network %q is not TCP", addr, network)
+	}
+	return NewListener(l, cfg), nil
+}
+
+// NewListener returns a listener whose Accept gives *Conn, with finished handshakes:
+// those of several connections run at once, so a slow client holds up nobody. Those
+// that fail are reported to cfg.OnHandshakeError and otherwise dropped. Close also
+// ends handshakes in progress and sessions that nobody accepted.
 //
-// For the kernel layer inner must not use MPTCP, see Server.
-func NewListener(inner *net.TCPListener, cfg *Config) net.Listener {
+// inner's Accept must give *net.TCPConn; other connections are closed and reported.
+// For the kernel layer it must not use MPTCP, see Server.
+func NewListener(inner net.Listener, cfg *Config) net.Listener {
 	ctx, cancel := context.WithCancel(context.Background())
 	l := &listener{
 		inner: inner, cfg: cfg, ctx: ctx, cancel: cancel,
@@ -29,7 +53,7 @@ func NewListener(inner *net.TCPListener, cfg *Config) net.Listener {
 }
 
 type listener struct {
-	inner  *net.TCPListener
+	inner  net.Listener
 	cfg    *Config
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -76,7 +100,7 @@ func (l *listener) run() {
 		case <-l.ctx.Done():
 			return
 		}
-		c, err := l.inner.AcceptTCP()
+		c, err := l.inner.Accept()
 		if err == nil {
 			l.wg.Add(1)
 			go l.handshake(c)
@@ -96,12 +120,12 @@ func (l *listener) run() {
 	}
 }
 
-func (l *listener) handshake(c *net.TCPConn) {
+func (l *listener) handshake(c net.Conn) {
 	defer l.wg.Done()
 	// The slot is held until the session is accepted: whoever does not call Accept
 	// must not collect sessions without end.
 	defer func() { <-l.slots }()
-	conn, err := Server(l.ctx, c, l.cfg)
+	conn, err := serve(l.ctx, c, l.cfg)
 	if err != nil {
 		if l.cfg.OnHandshakeError != nil && l.ctx.Err() == nil {
 			l.cfg.OnHandshakeError(err)
@@ -113,4 +137,21 @@ func (l *listener) handshake(c *net.TCPConn) {
 	case <-l.ctx.Done():
 		_ = conn.Close()
 	}
+}
+
+func serve(ctx context.Context, c net.Conn, cfg *Config) (*Conn, error) {
+	tc, err := tcpConn(c)
+	if err != nil {
+		return nil, err
+	}
+	return Server(ctx, tc, cfg)
+}
+
+// tcpConn closes c if it is not what sessions run over.
+func tcpConn(c net.Conn) (*net.TCPConn, error) {
+	if tc, ok := c.(*net.TCPConn); ok {
+		return tc, nil
+	}
+	_ = c.Close()
+	return nil, fmt.Errorf("%s: a session needs a *net.TCPConn and this is a %T; closed", c.RemoteAddr(), c)
 }

@@ -181,6 +181,7 @@ func (c *Conn) Detach() (Socket, *State, error) {
 	c.secrets, c.unread, c.queued, c.hand = nil, nil, nil, nil
 	c.buffered.Store(0)
 	c.pending.Store(0)
+	c.dropTickets()
 	return c.sock, s, nil
 }
 

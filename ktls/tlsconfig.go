@@ -122,31 +122,34 @@ func allowed(user *tls.Config) (tlsLimits, error) {
 	return l, nil
 }
 
-// cache13 offers sessions of TLS 1.3 only, from a cache that others fill: a
-// resumed TLS 1.2 session's keys are never logged. Tickets that arrive after the
-// handshake are not ours to store, because the resumption secret is gone by then.
+// cache13 passes sessions of TLS 1.3 only: a resumed TLS 1.2 session's keys are never
+// logged. Others may use the same cache.
 type cache13 struct{ tls.ClientSessionCache }
 
 func (c cache13) Get(key string) (*tls.ClientSessionState, bool) {
 	cs, ok := c.ClientSessionCache.Get(key)
-	if !ok || cs == nil {
-		return nil, false
-	}
-	_, state, err := cs.ResumptionState()
-	if err != nil || state == nil {
-		return nil, false
-	}
-	// SessionState begins with its protocol version (crypto/tls, SessionState.Bytes).
-	b, err := state.Bytes()
-	if err != nil || len(b) < 2 || uint16(b[0])<<8|uint16(b[1]) != tls.VersionTLS13 {
+	if !ok || !is13(cs) {
 		return nil, false
 	}
 	return cs, true
 }
 
-// Put stores nothing, except that crypto/tls removes a session by storing nil.
+// Put also passes on nil, by which crypto/tls removes a session.
 func (c cache13) Put(key string, cs *tls.ClientSessionState) {
-	if cs == nil {
-		c.ClientSessionCache.Put(key, nil)
+	if cs == nil || is13(cs) {
+		c.ClientSessionCache.Put(key, cs)
 	}
+}
+
+func is13(cs *tls.ClientSessionState) bool {
+	if cs == nil {
+		return false
+	}
+	_, state, err := cs.ResumptionState()
+	if err != nil || state == nil {
+		return false
+	}
+	// SessionState begins with its protocol version (crypto/tls, SessionState.Bytes).
+	b, err := state.Bytes()
+	return err == nil && len(b) >= 2 && uint16(b[0])<<8|uint16(b[1]) == tls.VersionTLS13
 }

@@ -25,6 +25,7 @@ var testPackages = []testPackage{
 	{path: "internal/sys"},
 	{path: "pidfd"},
 	{path: "ktls"},
+	{path: "ktls/ktlshttp"},
 	{path: "internal/keeper"},
 	{path: "handoff"},
 	{path: "internal/demo", progs: true},
