@@ -19,7 +19,7 @@ const (
 // CloseWrite sends what is pending, then close_notify and FIN. Reading goes on.
 // When a deadline ends it, it can be called again.
 func (c *Conn) CloseWrite() error {
-	c.wmu.Lock()
+	c.lockWrite()
 	defer c.unlockWrite()
 	if c.closed.Load() {
 		return net.ErrClosed
@@ -55,6 +55,8 @@ func (c *Conn) Close() error {
 	if !c.markClosed() {
 		return net.ErrClosed
 	}
+	c.rel.awaitEndOfPause(closeTimeoutStuck)
+	c.rel.end()
 	if !c.wmu.TryLock() {
 		// A writer in progress may be stuck: send it home. No one can give it another
 		// deadline any more.
@@ -103,7 +105,7 @@ func (c *Conn) markClosed() bool {
 // sayGoodbye sends what is pending and close_notify. The write lock is held and
 // the deadline set.
 func (c *Conn) sayGoodbye() {
-	if c.txEnd == endFIN {
+	if c.txEnd == endFIN || c.rel != nil && c.rel.inPause() {
 		return
 	}
 	if c.fatal.Load() != nil {

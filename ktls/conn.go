@@ -57,7 +57,12 @@ type Conn struct {
 	fatal   atomic.Pointer[error] // ends both directions
 	closed  atomic.Bool           // by Close or Detach; set under dmu
 	dmu     sync.Mutex            // deadlines, which nobody changes once closed
-	secrets *secrets              // kernel layer, in the process that made the handshake
+	secrets *secrets              // kernel layer, in a process that has them
+
+	// With a relay. One call at a time writes data, also while it has given up wmu to
+	// wait for other keys: turn is taken before wmu.
+	rel  *relayed
+	turn sync.Mutex
 }
 
 // ending says how a direction of a session ended.
@@ -104,8 +109,19 @@ func (c *Conn) read(p []byte) (int, error) {
 	}
 	for {
 		c.settle()
+		if c.rel != nil {
+			if err := c.awaitKey(); err != nil {
+				return 0, c.readFailed(err)
+			}
+		}
 		n, ctl, err := c.layer.read(p)
 		switch {
+		case err != nil && c.rel != nil && errors.Is(err, sys.EKEYEXPIRED):
+			// An owner before us read a KeyUpdate and died. What it said is not known; to
+			// answer without having been asked is allowed.
+			if err := c.followKeyUpdate(true); err != nil {
+				return 0, err
+			}
 		case err != nil:
 			return 0, c.readFailed(err)
 		case ctl.typ != 0 || n == 0:
@@ -137,6 +153,8 @@ func (c *Conn) readEnd() error {
 func (c *Conn) readFailed(err error) error {
 	var rec *recordError
 	switch {
+	case errors.Is(err, ErrKeyDoubt):
+		return c.readEnd()
 	case c.closed.Load():
 		return net.ErrClosed
 	case errors.Is(err, os.ErrDeadlineExceeded):
@@ -171,7 +189,7 @@ func (c *Conn) noteBuffered() { c.buffered.Store(int64(len(c.unread) + c.layer.b
 // are sealed or in the socket and reach the peer with the next Write or Flush, or
 // after a move, and must not be written again.
 func (c *Conn) Write(p []byte) (int, error) {
-	c.wmu.Lock()
+	c.lockWrite()
 	defer c.unlockWrite()
 	if err := c.flush(); err != nil {
 		return 0, err
@@ -209,6 +227,11 @@ func (c *Conn) writable() error {
 	if c.closed.Load() {
 		return net.ErrClosed
 	}
+	if c.rel != nil {
+		if err := c.awaitTurn(); err != nil {
+			return c.writeFailed(err)
+		}
+	}
 	if c.owed.Load() != 0 {
 		if err := c.payOwed(true); err != nil {
 			return c.writeFailed(err)
@@ -228,6 +251,8 @@ func (c *Conn) writeFailed(err error) error {
 		return os.ErrDeadlineExceeded
 	case errors.Is(err, ErrKeyLimit):
 		return c.endWrite(ErrKeyLimit)
+	case errors.Is(err, ErrKeyDoubt):
+		return err
 	}
 	// The receiving side may still hold what the peer sent before it went away.
 	c.werr = c.opError("write", err)
@@ -236,7 +261,7 @@ func (c *Conn) writeFailed(err error) error {
 
 // Flush sends what is pending: sealed bytes first, then what QueueWrite took.
 func (c *Conn) Flush() error {
-	c.wmu.Lock()
+	c.lockWrite()
 	defer c.unlockWrite()
 	return c.flush()
 }
@@ -269,10 +294,25 @@ func (c *Conn) flushLayer() error {
 	return nil
 }
 
-// unlockWrite ends a writing section. The reading side may have found the lock
-// taken when it had something to send; that is sent here as far as the socket
-// takes it.
+// lockWrite begins a writing section.
+func (c *Conn) lockWrite() {
+	if c.rel != nil {
+		c.turn.Lock()
+	}
+	c.wmu.Lock()
+}
+
+// unlockWrite ends a writing section.
 func (c *Conn) unlockWrite() {
+	c.unlockInner()
+	if c.rel != nil {
+		c.turn.Unlock()
+	}
+}
+
+// unlockInner gives up wmu. The reading side may have found it taken when it had
+// something to send; that is sent here as far as the socket takes it.
+func (c *Conn) unlockInner() {
 	for {
 		c.notePending()
 		c.wmu.Unlock()
@@ -301,7 +341,7 @@ func (c *Conn) settle() {
 	if c.payOwed(false) == nil && c.layer.unsent() > 0 {
 		_ = c.layer.flush(false) // a final error shows in the next Write
 	}
-	c.unlockWrite()
+	c.unlockInner()
 }
 
 // Unread pushes plaintext back, to be read before anything else. It copies p. It
@@ -325,7 +365,7 @@ func (c *Conn) Buffered() int { return int(c.buffered.Load()) }
 // Above MaxQueued bytes in all it takes nothing and returns ErrQueueFull.
 func (c *Conn) QueueWrite(p []byte) error {
 	c.wmu.Lock()
-	defer c.unlockWrite()
+	defer c.unlockInner()
 	switch {
 	case c.closed.Load():
 		return net.ErrClosed
@@ -368,13 +408,22 @@ func (c *Conn) LocalAddr() net.Addr { return c.local }
 func (c *Conn) RemoteAddr() net.Addr { return c.remote }
 
 // SetDeadline sets both deadlines.
-func (c *Conn) SetDeadline(t time.Time) error { return c.deadline(c.sock.SetDeadline, t) }
+func (c *Conn) SetDeadline(t time.Time) error {
+	c.rel.deadlines(&t, &t)
+	return c.deadline(c.sock.SetDeadline, t)
+}
 
 // SetReadDeadline bounds pending and later Reads.
-func (c *Conn) SetReadDeadline(t time.Time) error { return c.deadline(c.sock.SetReadDeadline, t) }
+func (c *Conn) SetReadDeadline(t time.Time) error {
+	c.rel.deadlines(&t, nil)
+	return c.deadline(c.sock.SetReadDeadline, t)
+}
 
 // SetWriteDeadline bounds pending and later Writes.
-func (c *Conn) SetWriteDeadline(t time.Time) error { return c.deadline(c.sock.SetWriteDeadline, t) }
+func (c *Conn) SetWriteDeadline(t time.Time) error {
+	c.rel.deadlines(nil, &t)
+	return c.deadline(c.sock.SetWriteDeadline, t)
+}
 
 func (c *Conn) deadline(set func(time.Time) error, t time.Time) error {
 	c.dmu.Lock()

@@ -100,7 +100,10 @@ func (c *Conn) handleData(n int) error {
 	case !c.layer.canRekey(), c.rxUsed > c.limit+c.limit/4:
 		// n was genuine and is given to the caller; the next Read says why no more.
 		_ = c.endCleanly(ErrKeyLimit)
-	case c.asked.Load() == 0:
+	case c.asked.Load() != 0:
+	case c.rel != nil:
+		c.rel.want(true)
+	default:
 		c.owed.Or(owedAsk)
 	}
 	return nil
@@ -161,6 +164,20 @@ func (c *Conn) handleHandshake(data []byte) error {
 		return c.fail(alertUnexpectedMessage, "empty handshake record")
 	}
 	c.hand = append(c.hand, data...)
+	first, gen := data[0], c.rxGen
+	if err := c.handleMessages(); err != nil {
+		return err
+	}
+	if first == msgKeyUpdate && c.rxGen == gen && c.layer.canRekey() {
+		if err := c.layer.rearm(); err != nil {
+			return c.endCleanly(fmt.Errorf("%w: %w", ErrKeyUpdateUnsupported, err))
+		}
+	}
+	return nil
+}
+
+// handleMessages handles the whole messages in c.hand.
+func (c *Conn) handleMessages() error {
 	for len(c.hand) > 0 {
 		typ := c.hand[0]
 		if !c.expects(typ) {
@@ -232,14 +249,20 @@ func (c *Conn) handleKeyUpdate(request byte) error {
 	case !c.layer.canRekey():
 		return c.endCleanly(ErrKeyUpdateUnsupported)
 	}
-	if err := c.layer.rekeyRead(); err != nil {
-		return c.fail(alertInternalError, fmt.Sprintf("next receiving key: %v", err))
+	if c.rel == nil {
+		if err := c.layer.rekeyRead(); err != nil {
+			return c.fail(alertInternalError, fmt.Sprintf("next receiving key: %v", err))
+		}
 	}
 	c.rxUsed = 0
 	c.rxGen++
 	if c.asked.Load() > 0 {
 		c.asked.Add(^uint32(0))
 		c.floods.handshakes-- // we wanted it
+	}
+	if c.rel != nil {
+		c.rel.keyUpdateReceived(request == 1)
+		return nil
 	}
 	if request == 1 {
 		// Several requests before the answer is out get one answer (section 4.6.3).
@@ -284,6 +307,9 @@ func (c *Conn) payOwed(wait bool) error {
 			c.owed.Store(0) // nothing may follow, or nothing can
 			return nil
 		}
+		if c.rel != nil && c.rel.inPause() {
+			return errWouldBlock // Continue comes back to it
+		}
 		if err := c.payOne(o, wait); err != nil {
 			return err
 		}
@@ -311,6 +337,9 @@ func (c *Conn) payOne(o uint32, wait bool) error {
 		pay(^uint32(0))
 		taken, err = c.sendAlert(levelFatal, Alert(o>>owedAlertShift), wait)
 		c.ended(taken)
+	case o&(owedUpdate|owedAsk) != 0 && !c.layer.canRekey():
+		pay(owedUpdate | owedAsk) // of an owner before us, who could
+		return c.endWrite(ErrKeyUpdateUnsupported)
 	case o&(owedUpdate|owedAsk) != 0:
 		pay(owedUpdate | owedAsk)
 		taken, err = c.sendKeyUpdate(bits&owedAsk != 0, wait)
@@ -343,12 +372,17 @@ func (c *Conn) sendAlert(level byte, alert Alert, wait bool) (taken bool, err er
 	return taken, err
 }
 
-func (c *Conn) sendKeyUpdate(request, wait bool) (taken bool, err error) {
-	msg := [5]byte{msgKeyUpdate, 0, 0, 1, 0}
+// keyUpdateMessage is a KeyUpdate (RFC 8446 section 4.6.3).
+func keyUpdateMessage(request bool) []byte {
+	msg := []byte{msgKeyUpdate, 0, 0, 1, 0}
 	if request {
 		msg[4] = 1
 	}
-	taken, err = c.layer.writeControl(typeHandshake, msg[:], wait)
+	return msg
+}
+
+func (c *Conn) sendKeyUpdate(request, wait bool) (taken bool, err error) {
+	taken, err = c.layer.writeControl(typeHandshake, keyUpdateMessage(request), wait)
 	if !taken {
 		return false, err
 	}
@@ -370,10 +404,13 @@ func (c *Conn) sendKeyUpdate(request, wait bool) (taken bool, err error) {
 // itself before a key's limit of use. Layers that cannot change keys, and TLS 1.2,
 // give an error and stay as they are.
 func (c *Conn) KeyUpdate(requestPeer bool) error {
-	c.wmu.Lock()
+	c.lockWrite()
 	defer c.unlockWrite()
 	if err := c.flush(); err != nil {
 		return err
+	}
+	if c.rel != nil {
+		return c.keyUpdateByRelay(requestPeer)
 	}
 	if !c.layer.canRekey() {
 		return fmt.Errorf("%s over the %s layer cannot change its keys", tls.VersionName(c.p.version), c.layer.kind())
@@ -407,6 +444,10 @@ func (c *Conn) mayUse(n uint64) error {
 	}
 	if !c.layer.canRekey() {
 		return c.endWrite(ErrKeyLimit)
+	}
+	if c.rel != nil {
+		c.rel.want(false)
+		return c.writable()
 	}
 	if _, err := c.sendKeyUpdate(false, true); err != nil {
 		return c.writeFailed(err)

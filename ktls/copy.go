@@ -129,7 +129,7 @@ func fileLeft(f file) (left int64, ok bool) {
 
 // sendFile is Write of the next count bytes of a file.
 func (c *Conn) sendFile(fs fileSender, f file, fd uintptr, count int) (n int, err error) {
-	c.wmu.Lock()
+	c.lockWrite()
 	defer c.unlockWrite()
 	if err := c.flush(); err != nil {
 		return 0, err

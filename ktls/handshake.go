@@ -155,6 +155,7 @@ func (w *wire) offload(c *net.TCPConn, cs *tls.ConnectionState, mode Mode, kerne
 	if kernel {
 		f.Layer = LayerKernel
 		kept = &secrets{tx: tx.clone(), rx: rx.clone()}
+		layer.(*kernelLayer).secrets = kept //nolint:errcheck // newKernelLayer made it
 	} else {
 		f.Layer, f.Reason = LayerSoftware, reason
 		if layer, err = newSoftLayer(c, p, tx.clone(), rx.clone()); err != nil {

@@ -100,7 +100,7 @@ func (r *record) check(f *facts) error {
 	case r.Owed&^(owedUpdate|owedAsk|owedNoReneg) != 0:
 		// A session that owes its last alert has ended and cannot be detached.
 		return fmt.Errorf("unknown flags %#x", r.Owed)
-	case r.Owed&(owedUpdate|owedAsk) != 0 && (f.Version != tls.VersionTLS13 || r.Layer != LayerSoftware):
+	case r.Owed&(owedUpdate|owedAsk) != 0 && f.Version != tls.VersionTLS13:
 		return errors.New("with a KeyUpdate to send that it cannot send")
 	}
 	return nil

@@ -21,6 +21,9 @@ type kernelLayer struct {
 	cipher kernelCipher
 	wire   wirePosition
 
+	secrets *secrets // Conn's; nil in a process that was never given them
+	relayed bool     // somebody else changes the keys
+
 	// Reading, under Conn's read lock. try is made once because a closure made for
 	// each call would be an allocation for each call.
 	in struct {
@@ -194,20 +197,12 @@ func (l *kernelLayer) buffered() int { return 0 }
 // unsent is 0: what the kernel sealed and could not send stays in the socket.
 func (l *kernelLayer) unsent() int { return 0 }
 
-// canRekey is false until the supervisor can set the next keys: a process that was
-// given a socket has no secrets to make them of.
-func (l *kernelLayer) canRekey() bool { return false }
-
 func (l *kernelLayer) broken() error {
 	if failed := l.readFailed.Load(); failed != nil {
 		return l.readError(*failed)
 	}
 	return nil
 }
-
-func (l *kernelLayer) rekeyRead() error { return ErrKeyUpdateUnsupported }
-
-func (l *kernelLayer) rekeyWrite() error { return ErrKeyUpdateUnsupported }
 
 func (l *kernelLayer) export(st *layerState) {
 	if !l.ctlDone && l.ctlType != 0 {

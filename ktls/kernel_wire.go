@@ -21,6 +21,8 @@ type wirePosition struct {
 	seq   uint64
 	plain uint64 // bytes taken since then
 
+	afterKey uint64 // position after the KeyUpdate that was sent, until the next key is set
+
 	// Where it is not known: the position seen last, and since when.
 	still      uint64
 	stillSince time.Time
@@ -43,6 +45,16 @@ func (w *wirePosition) resume(fd int, c kernelCipher, base, seq uint64) {
 	if now, err := sendSeq(fd, c); err == nil && base != 0 && now == seq {
 		*w = wirePosition{known: true, base: base, seq: seq}
 	}
+}
+
+// beforeRekey notes the position when a KeyUpdate was sealed, rekeyed goes on from
+// there when the sequence number has begun anew.
+func (w *wirePosition) beforeRekey(fd int, c kernelCipher, version uint16) {
+	w.afterKey, _ = w.position(fd, c, version)
+}
+
+func (w *wirePosition) rekeyed() {
+	*w = wirePosition{known: w.known && w.afterKey != 0, base: w.afterKey}
 }
 
 // position returns what resume wants; 0, 0 when it is not known. It is never 0

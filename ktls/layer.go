@@ -73,6 +73,10 @@ type recordLayer interface {
 	// Conn ends the session cleanly on a KeyUpdate and at the limit of a key.
 	canRekey() bool
 
+	// rearm is called after a handshake record that begins like a KeyUpdate and did not
+	// complete one: reading goes on under the same key.
+	rearm() error
+
 	// rekeyRead and rekeyWrite go to the next generation of one direction's key
 	// (RFC 8446 section 7.2). rekeyWrite is called when the KeyUpdate record was taken.
 	rekeyRead() error

@@ -1,6 +1,7 @@
 package ktls
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -41,6 +42,9 @@ type scripted struct {
 	outSecret []byte // TLS 1.3: the peer's
 	inSecret  []byte
 	gotAlert  Alert
+	first     []byte // our first sending secret, and the peer's
+	firstOut  []byte
+	changer   *keyChanger // kernel layer: who changes our keys; nil: nobody
 }
 
 // newScripted makes a session in the server role.
@@ -72,6 +76,7 @@ func newScriptedRole(t testing.TB, layer Layer, version, suite uint16, client bo
 		return d
 	}
 	tx, rx := half(&s.inSecret), half(&s.outSecret)
+	s.first, s.firstOut = bytes.Clone(s.inSecret), bytes.Clone(s.outSecret)
 	s.in, s.out = rawHalfOf(t, info, &tx), rawHalfOf(t, info, &rx)
 	var l recordLayer
 	if layer == LayerKernel {
@@ -152,15 +157,21 @@ func (s *scripted) wantFIN() {
 // over an *os.File of a duplicate of the socket.
 func (s *scripted) move() {
 	s.t.Helper()
-	s.conn = move(s.t, s.conn)
+	if s.changer != nil {
+		s.changer.settle(s.t, s.conn)
+	}
+	s.conn = moveWith(s.t, s.conn, s.changer)
 }
 
-func move(t testing.TB, c *Conn) *Conn {
+func move(t testing.TB, c *Conn) *Conn { return moveWith(t, c, nil) }
+
+func moveWith(t testing.TB, c *Conn, changer *keyChanger) *Conn {
 	t.Helper()
 	sock, st, err := c.Detach()
 	if err != nil {
 		t.Fatalf("detach: %v", err)
 	}
+	secrets, _ := st.MarshalSecrets()
 	facts, err := st.MarshalFacts()
 	if err != nil {
 		t.Fatal(err)
@@ -178,6 +189,7 @@ func move(t testing.TB, c *Conn) *Conn {
 		t.Fatalf("import: %v", err)
 	}
 	t.Cleanup(func() { _ = n.Close() })
+	changer.attach(t, n, secrets)
 	_ = n.SetDeadline(time.Now().Add(testWait))
 	return n
 }

@@ -48,6 +48,7 @@ func (l *softLayer) canRekey() bool { return l.rx.suite.version == tls.VersionTL
 // broken is nil: a record waits in raw until read opens it.
 func (l *softLayer) broken() error { return nil }
 
+func (l *softLayer) rearm() error      { return nil }
 func (l *softLayer) rekeyRead() error  { return l.rx.rekey() }
 func (l *softLayer) rekeyWrite() error { return l.tx.rekey() }
 

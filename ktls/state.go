@@ -134,7 +134,8 @@ type ledgerSecrets struct {
 // written, and every later method gives net.ErrClosed. The caller must have made
 // Read and Write return (a deadline in the past does that); Detach waits for them.
 // The socket is the caller's afterwards, its deadlines as they were, together with
-// the state for Import. A session that has ended by an alert or an error of the
+// the state for Import. While a relay changes its keys (Lent) a session cannot be
+// detached: the error is ErrLent, and the Conn as before. A session that has ended by an alert or an error of the
 // socket cannot be detached: Detach then fails and the Conn is as before.
 func (c *Conn) Detach() (Socket, *State, error) {
 	c.rmu.Lock()
@@ -143,6 +144,9 @@ func (c *Conn) Detach() (Socket, *State, error) {
 	defer c.wmu.Unlock()
 	if c.closed.Load() {
 		return nil, nil, net.ErrClosed
+	}
+	if c.Lent() {
+		return nil, nil, fmt.Errorf("session %s: %w", c.remote, ErrLent)
 	}
 	if f := c.fatal.Load(); f != nil {
 		return nil, nil, fmt.Errorf("session %s has ended: %w", c.remote, *f)
@@ -166,7 +170,7 @@ func (c *Conn) Detach() (Socket, *State, error) {
 		V: recordVersion, ID: c.facts.ID, Layer: c.layer.kind(),
 		Raw: st.raw, Plain: st.plain, Sealed: st.sealed, Ctl: st.ctl, CtlTyp: st.typ,
 		Unread: slices.Clone(c.unread), Queued: c.queued, Hand: slices.Clone(c.hand),
-		RXEnd: c.rxEnd, TXEnd: c.txEnd, Owed: c.owed.Load(), Asked: c.asked.Load(),
+		RXEnd: c.rxEnd, TXEnd: c.txEnd, Owed: c.owed.Load() | c.rel.owed(), Asked: c.asked.Load(),
 		RXUsed: c.rxUsed, TXUsed: c.txUsed, RXGen: c.rxGen, TXGen: c.txGen,
 		Wire: st.wire, WireSeq: st.wireSeq,
 		Empties: c.floods.empties, Warnings: c.floods.warnings, Handshakes: c.floods.handshakes,
@@ -178,6 +182,7 @@ func (c *Conn) Detach() (Socket, *State, error) {
 	st.tx.wipe()
 	st.rx.wipe()
 	c.layer.wipe()
+	c.rel.end()
 	c.secrets, c.unread, c.queued, c.hand = nil, nil, nil, nil
 	c.buffered.Store(0)
 	c.pending.Store(0)
