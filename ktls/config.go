@@ -104,6 +104,12 @@ type Config struct {
 	// HandshakeTimeout bounds the whole handshake; 0 is DefaultHandshakeTimeout.
 	HandshakeTimeout time.Duration
 
+	// Established, if set, is given crypto/tls's own state of a finished handshake
+	// before Server or Client returns. Only there does ExportKeyingMaterial work: for
+	// channel bindings (RFC 9266) and the like. An error refuses the session. What it
+	// is given refers to the handshake's secrets and should not be kept.
+	Established func(tls.ConnectionState) error
+
 	// OnHandshakeError, if set, is told of every connection that a listener of
 	// NewListener dropped, usually a *HandshakeError. It is called from several
 	// goroutines and should return soon.

@@ -51,13 +51,14 @@ type Conn struct {
 	txGen   uint64
 	pending atomic.Int64
 
-	limit   uint64                // of use of one key, in 16-byte blocks; 0: none
-	owed    atomic.Uint32         // control records that the writing side must send
-	asked   atomic.Uint32         // KeyUpdates we requested and have not seen
-	fatal   atomic.Pointer[error] // ends both directions
-	closed  atomic.Bool           // by Close or Detach; set under dmu
-	dmu     sync.Mutex            // deadlines, which nobody changes once closed
-	secrets *secrets              // kernel layer, in a process that has them
+	limit     uint64                // of use of one key, in 16-byte blocks; 0: none
+	owed      atomic.Uint32         // control records that the writing side must send
+	answering atomic.Bool           // answerSoon has a timer running
+	asked     atomic.Uint32         // KeyUpdates we requested and have not seen
+	fatal     atomic.Pointer[error] // ends both directions
+	closed    atomic.Bool           // by Close or Detach; set under dmu
+	dmu       sync.Mutex            // deadlines, which nobody changes once closed
+	secrets   *secrets              // kernel layer, in a process that has them
 
 	// With a relay. One call at a time writes data, also while it has given up wmu to
 	// wait for other keys: turn is taken before wmu.
@@ -331,7 +332,11 @@ func (c *Conn) notePending() { c.pending.Store(int64(len(c.queued) + c.layer.uns
 
 // settle tries, without waiting, to send what the reading side owes or left.
 func (c *Conn) settle() {
-	if c.owed.Load() == 0 && c.pending.Load() == 0 || !c.wmu.TryLock() {
+	owed := c.owed.Load()
+	if c.answering.Load() {
+		owed &^= owedUpdate // not due yet
+	}
+	if owed == 0 && c.pending.Load() == 0 || !c.wmu.TryLock() {
 		return
 	}
 	if c.closed.Load() { // since; the debts went with the session

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 )
 
 // What records other than application data mean: RFC 8446 sections 4.6, 5 and 6,
@@ -227,8 +228,8 @@ func (c *Conn) handleMessage(typ byte, body []byte) error {
 	case msgKeyUpdate:
 		return c.handleKeyUpdate(body[0])
 	case msgNewSessionTicket:
-		if err := checkTicket(body); err != nil {
-			return c.fail(alertDecodeError, err.Error())
+		if alert, what := checkTicket(body); what != "" {
+			return c.fail(alert, what)
 		}
 		c.storeTicket(body)
 		return nil
@@ -267,31 +268,62 @@ func (c *Conn) handleKeyUpdate(request byte) error {
 	if request == 1 {
 		// Several requests before the answer is out get one answer (section 4.6.3).
 		c.owed.Or(owedUpdate)
+		c.answerSoon()
 	}
 	return nil
 }
 
-// checkTicket checks the form of a NewSessionTicket (RFC 8446 section 4.6.1).
-func checkTicket(b []byte) error {
-	bad := errors.New("malformed NewSessionTicket")
+// answerDelay is how long an answer to a KeyUpdate waits for more requests, when
+// nothing is written meanwhile. It is due before the next data (RFC 8446 section
+// 4.6.3), and a peer that asks five times in a row wants one.
+const answerDelay = 50 * time.Millisecond
+
+// answerSoon makes sure that the answer goes out even if nothing is written or read
+// any more.
+func (c *Conn) answerSoon() {
+	if c.answering.Swap(true) {
+		return
+	}
+	time.AfterFunc(answerDelay, func() {
+		c.answering.Store(false)
+		c.settle()
+	})
+}
+
+// checkTicket checks the form of a NewSessionTicket (RFC 8446 section 4.6.1). what is
+// "" when it is good.
+func checkTicket(b []byte) (alert Alert, what string) {
+	const bad = "malformed NewSessionTicket"
 	if len(b) < 9 {
-		return bad
+		return alertDecodeError, bad
 	}
 	b = b[8:] // ticket_lifetime, ticket_age_add
 	nonce := int(b[0])
 	if len(b) < 1+nonce+2 {
-		return bad
+		return alertDecodeError, bad
 	}
 	b = b[1+nonce:]
 	ticket := int(binary.BigEndian.Uint16(b))
 	if ticket == 0 || len(b) < 2+ticket+2 {
-		return bad
+		return alertDecodeError, bad
 	}
 	b = b[2+ticket:]
 	if int(binary.BigEndian.Uint16(b)) != len(b)-2 {
-		return bad
+		return alertDecodeError, bad
 	}
-	return nil
+	seen := map[uint16]bool{}
+	for b = b[2:]; len(b) > 0; {
+		if len(b) < 4 || len(b)-4 < int(binary.BigEndian.Uint16(b[2:])) {
+			return alertDecodeError, bad
+		}
+		id := binary.BigEndian.Uint16(b)
+		if seen[id] { // section 4.2
+			return alertIllegalParameter, fmt.Sprintf("NewSessionTicket with extension %d twice", id)
+		}
+		seen[id] = true
+		b = b[4+int(binary.BigEndian.Uint16(b[2:])):]
+	}
+	return 0, ""
 }
 
 // payOwed sends the control records that the reading side asked for. The caller

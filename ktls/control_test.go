@@ -194,6 +194,39 @@ func TestClientRoleControlRecords(t *testing.T) {
 	})
 }
 
+// Tickets of a wrong form end the session with the alert for what is wrong.
+func TestMalformedTickets(t *testing.T) {
+	const head, ticket = "\x00\x00\x0e\x10\x01\x02\x03\x04\x01n", "\x00\x06ticket"
+	bothLayers(t, func(t *testing.T, layer Layer) {
+		for name, tc := range map[string]struct {
+			body string
+			want Alert
+		}{
+			"no ticket":           {head + "\x00\x00\x00\x00", alertDecodeError},
+			"cut off":             {head + ticket, alertDecodeError},
+			"more than it says":   {head + ticket + "\x00\x00\x00", alertDecodeError},
+			"half an extension":   {head + ticket + "\x00\x03\x00\x2a\x00", alertDecodeError},
+			"extension too long":  {head + ticket + "\x00\x04\x00\x2a\x00\x01", alertDecodeError},
+			"an extension, again": {head + ticket + "\x00\x0c\x00\x2a\x00\x00\xff\x01\x00\x00\x00\x2a\x00\x00", alertIllegalParameter},
+		} {
+			t.Run(name, func(t *testing.T) {
+				s := newScriptedRole(t, layer, v13, gcm, true)
+				s.send(typeHandshake, append([]byte{msgNewSessionTicket, 0, 0, byte(len(tc.body))}, tc.body...))
+				var alert *AlertError
+				if _, err := s.conn.Read(make([]byte, 1)); !errors.As(err, &alert) || !alert.Sent || alert.Alert != tc.want {
+					t.Fatalf("Read: %v", err)
+				}
+				s.want(typeAlert, string([]byte{levelFatal, byte(tc.want)}))
+			})
+		}
+		s := newScriptedRole(t, layer, v13, gcm, true)
+		body := head + ticket + "\x00\x08\x00\x2a\x00\x00\xff\x01\x00\x00"
+		s.send(typeHandshake, append([]byte{msgNewSessionTicket, 0, 0, byte(len(body))}, body...))
+		s.send(typeData, []byte("fine"))
+		s.wantRead("fine")
+	})
+}
+
 // FIN without close_notify is a truncation, wherever in a record it comes.
 func TestTruncation(t *testing.T) {
 	eachSuite(t, func(t *testing.T, layer Layer, version, suite uint16) {

@@ -82,6 +82,11 @@ func handshake(ctx context.Context, c *net.TCPConn, cfg *Config, client bool, st
 	// From here on tc does not touch the connection: its Close would seal an alert with
 	// a sequence number that is ours.
 	cs := tc.ConnectionState()
+	if cfg.Established != nil {
+		if err := cfg.Established(cs); err != nil {
+			return nil, err
+		}
+	}
 	conn, err := w.offload(c, &cs, cfg.Mode, kernel, reason)
 	if err != nil {
 		return nil, err

@@ -99,7 +99,9 @@ func (w *wire) Read(p []byte) (int, error) {
 func (w *wire) header() {
 	if !w.started {
 		w.started = true
-		w.notTLS = w.hdr[0] != byte(typeHandshake) || w.hdr[1] != 3
+		// A server that will have nothing of us begins with an alert.
+		typ := recordType(w.hdr[0])
+		w.notTLS = typ != typeHandshake && typ != typeAlert || w.hdr[1] != 3
 	}
 	w.left = int(binary.BigEndian.Uint16(w.hdr[3:]))
 	// A ServerHello matters, and what follows ChangeCipherSpec in TLS 1.2.
