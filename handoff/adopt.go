@@ -114,6 +114,7 @@ func (w *worker) adoptOne(it *wire.Item) error {
 	c.interrupted = it.Flags&wire.FlagInterrupted != 0
 	s := &session{id: it.ID, owner: it.Epoch, seen: it.Epoch, phase: phaseAdopted, conn: c, group: it.Group}
 	c.s = s
+	w.relayed(s, t)
 	w.sessions[it.ID] = s
 	return nil
 }

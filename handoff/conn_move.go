@@ -186,6 +186,8 @@ func (c *Conn) attach(k *kept) error {
 		abandon(k.sock)
 		return err
 	}
+	c.w.relayed(c.s, s)
+	s.Remind()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.tls, c.detached = s, false

@@ -73,6 +73,8 @@ func (w *worker) handle(m *wire.Message) error {
 		w.kick(m.Refs)
 	case wire.TypeGrouped:
 		w.grouped(m.Refs[0], m.Group, m.Text)
+	case wire.TypeRekeyed, wire.TypePause, wire.TypeSend, wire.TypeContinue, wire.TypeUpdate:
+		w.rekey(m)
 	default:
 		return fmt.Errorf("%w: %s is not for a worker", wire.ErrProtocol, m.Type)
 	}
@@ -141,6 +143,7 @@ func (w *worker) resume(m *wire.Message) {
 			continue
 		}
 		s.phase = phaseIdle
+		s.conn.session().Remind()
 		list, conns = append(list, s), append(conns, s.conn)
 	}
 	var bar *barrier
@@ -305,6 +308,7 @@ func (w *worker) inventory(nonce uint64) {
 			w.sendGroup(s, s.join.name)
 		}
 	}
+	w.tellRekeys()
 }
 
 func (s *session) held() wire.Held {

@@ -64,12 +64,18 @@ type session struct {
 	cancel  context.CancelFunc
 	frozen  bool // a FREEZE came during this run of the handler
 	kicked  bool // the operator closed it
+
+	// Changes of keys: see rekey.go.
+	pause     bool // asked for while the session was not on its Conn
+	pausing   bool // from PAUSE to CONTINUE
+	parkLater bool // it is to be parked when the change of keys is over
 }
 
 // step brings s nearer to what is wanted of it.
 func (w *worker) step(s *session) {
 	switch s.phase {
 	case phaseIdle:
+		w.startPause(s)
 		switch {
 		case s.kicked:
 			w.end(s, wire.ReasonOperator, nil)
@@ -166,6 +172,10 @@ const maxUnread = 2 << 20
 
 // park takes an idle session off its Conn.
 func (w *worker) park(s *session) {
+	if s.lentOut() {
+		s.parkLater = true
+		return
+	}
 	if n := s.conn.session().Buffered(); n > maxUnread {
 		w.log.Error("session stays here: too much unread input to travel", "session", s.id, "bytes", n, "limit", maxUnread)
 		w.giveUp(s)
@@ -370,6 +380,10 @@ func (w *worker) orphan() {
 		if j := s.join; j != nil {
 			s.join = nil
 			j.done(ErrSupervisorGone)
+		}
+		if s.attached() && s.lentOut() {
+			w.keysStay(s)
+			continue
 		}
 		switch {
 		case s.phase == phaseAdopted || s.given():

@@ -1,6 +1,7 @@
 package ktls
 
 import (
+	"bytes"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -132,13 +133,12 @@ func (c *Conn) SetRelay(r Relay) {
 	c.owed.And(^(owedUpdate | owedAsk))
 }
 
-// Relayed says what the relay has to do for this session: to be asked after SetRelay,
-// and again when whoever changes the keys was replaced. It calls the relay's methods
-// for what is outstanding.
-func (c *Conn) Relayed() (paused, sent bool) {
+// Remind calls the relay's methods for what is outstanding: to be used after SetRelay,
+// and again when whoever changes the keys was replaced.
+func (c *Conn) Remind() {
 	r := c.rel
 	if r == nil {
-		return false, false
+		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -148,8 +148,32 @@ func (c *Conn) Relayed() (paused, sent bool) {
 	if r.debts > r.paid || r.wanted {
 		r.relay.KeyUpdateWanted(r.request)
 	}
+}
+
+// Pausing says whether a Pause is in force, and whether its KeyUpdate was sent.
+func (c *Conn) Pausing() (paused, sent bool) {
+	r := c.rel
+	if r == nil {
+		return false, false
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	return r.paused, r.sent
 }
+
+// KeyUpdateRequest reads a KeyUpdate message: whether it asks the peer to change its
+// key as well. ok is false for anything else.
+func KeyUpdateRequest(msg []byte) (request, ok bool) {
+	for _, request := range []bool{false, true} {
+		if bytes.Equal(msg, keyUpdateMessage(request)) {
+			return request, true
+		}
+	}
+	return false, false
+}
+
+// KeyUpdateMessage is what KeyUpdateRequest reads.
+func KeyUpdateMessage(request bool) []byte { return keyUpdateMessage(request) }
 
 // Lent reports that a change of keys is under way, so that the session cannot be
 // detached now.

@@ -80,7 +80,7 @@ func (k *keyChanger) attach(t testing.TB, c *Conn, secrets []byte) {
 		sock := k.sock
 		t.Cleanup(func() { _ = sock.Close() })
 		c.SetRelay(k)
-		c.Relayed()
+		c.Remind()
 	case secrets != nil:
 		if err := c.SetSecrets(secrets); err != nil {
 			t.Fatal(err)

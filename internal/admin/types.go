@@ -83,6 +83,8 @@ type Counters struct {
 	// ClosedUnknown counts sessions that ended while no supervisor ran and whose
 	// worker could not say how.
 	ClosedUnknown uint64 `json:"closed_unknown"`
+	// KeyUpdates counts keys changed in the kernel, either direction.
+	KeyUpdates uint64 `json:"key_updates"`
 }
 
 // HandshakeCounters count connections that never became sessions.

@@ -30,7 +30,7 @@ func (s *Supervisor) admitSession(a *admission) {
 	s.freeSlots = s.freeSlots[:len(s.freeSlots)-1]
 	ss := &session{id: s.led.nextID(), slot: slot, pool: p, accepted: s.now().UnixNano(), software: a.software}
 	ss.epoch = s.nextEpoch()
-	err := s.led.putFacts(slot, &a.facts)
+	err := s.led.putFacts(slot, a.software, &a.facts)
 	if errors.Is(err, errTooLarge) {
 		err = s.keepBigFacts(ss, a)
 	}
@@ -38,7 +38,10 @@ func (s *Supervisor) admitSession(a *admission) {
 		_, err = s.led.facts(slot) // what cannot be read back would be a session nobody can adopt
 	}
 	if err == nil {
-		err = s.led.putRecord(slot, &a.record)
+		err = s.led.putRecord(slot, a.software, &a.record)
+	}
+	if err == nil && !a.software {
+		err = s.enterKeys(slot, a.secrets)
 	}
 	if err != nil {
 		s.log.Error("session refused: it does not fit the ledger", "peer", a.facts.Peer, "error", err)
@@ -76,7 +79,7 @@ func (s *Supervisor) keepBigFacts(ss *session, a *admission) error {
 	ss.bigFacts = a.facts.Facts
 	small := a.facts
 	small.Facts, small.Overflow = nil, true
-	if err := s.led.putFacts(ss.slot, &small); err != nil {
+	if err := s.led.putFacts(ss.slot, a.software, &small); err != nil {
 		sys.CloseAll([]int{fd})
 		return err
 	}

@@ -55,6 +55,8 @@ type Supervisor struct {
 	pools        map[string]*pool
 	groups       map[groupKey]*group
 	attempts     map[*attempt]struct{}
+	owing        map[uint64]*session // that owe their peer a KeyUpdate
+	keyOps       int                 // goroutines that read or set keys
 	groupMoves   map[*groupMove]struct{}
 	quiescing    bool // a successor is about to start: begin nothing new
 	holding      bool // nothing is under way, and nothing begins
@@ -71,6 +73,7 @@ type Supervisor struct {
 	keeperPID     int
 	kernel        admin.KernelStatus
 	gate          lateGate
+	keys          keySetter
 	successor     int // pid, set before UpgradeSupervisor answers
 }
 
@@ -137,6 +140,9 @@ func (s *Supervisor) pump() {
 			s.emptyRetiring(p)
 		}
 	}
+	if !s.quiescing {
+		s.payUpdates()
+	}
 	for _, p := range s.pools {
 		s.stepUpgrade(p)
 	}
@@ -161,7 +167,7 @@ func (s *Supervisor) goOn() {
 
 // isIdle says whether nothing is under way that a successor could not see.
 func (s *Supervisor) isIdle() bool {
-	if len(s.attempts) > 0 || len(s.groupMoves) > 0 {
+	if len(s.attempts) > 0 || len(s.groupMoves) > 0 || s.keyOps > 0 {
 		return false
 	}
 	for _, p := range s.pools {
@@ -244,6 +250,8 @@ func (s *Supervisor) onMessage(w *worker, ch *wire.Channel, m *wire.Message) {
 		err = s.onGroup(w, m)
 	case wire.TypeInventoryReply:
 		err = s.onInventory(w, m)
+	case wire.TypeKeyUpdate, wire.TypeWantUpdate, wire.TypePaused, wire.TypeSent:
+		err = s.onRekey(w, m)
 	case wire.TypePong:
 	default:
 		err = fmt.Errorf("%w: %s is not for workers to send", wire.ErrProtocol, m.Type)

@@ -25,6 +25,7 @@ const (
 	cntHandshakeRefused
 	cntWorkerDeaths
 	cntProtocolErrors
+	cntKeyUpdates
 )
 
 func (l *ledger) count(c counter, n uint64) {
@@ -56,7 +57,7 @@ func (l *ledger) counters() admin.Counters {
 		Accepted: l.counter(cntAccepted), Moved: l.counter(cntMoved), Returned: l.counter(cntReturned),
 		Interrupted: l.counter(cntInterrupted), Lost: l.counter(cntLost),
 		ClosedByPeer: l.counter(cntClosedByPeer), ClosedByOwner: l.counter(cntClosedByOwner),
-		ClosedUnknown: l.counter(cntClosedUnknown),
+		ClosedUnknown: l.counter(cntClosedUnknown), KeyUpdates: l.counter(cntKeyUpdates),
 	}
 }
 

@@ -26,6 +26,7 @@ type admission struct {
 	fd       int
 	facts    facts
 	record   record
+	secrets  []byte // kernel layer: what ktls.State.MarshalSecrets wrote
 	software bool
 }
 
@@ -243,7 +244,7 @@ func detach(conn *ktls.Conn, dup int) (*admission, error) {
 		return nil, err
 	}
 	if !a.software { // for the relay of KeyUpdates; the software layer's are in its record state
-		if a.record.Secrets, err = st.MarshalSecrets(); err != nil {
+		if a.secrets, err = st.MarshalSecrets(); err != nil {
 			return nil, err
 		}
 	}

@@ -213,6 +213,9 @@ func (s *Supervisor) onGroupParked(w *worker, m *wire.Message) error {
 		if gm == nil || gm.from != w || a == nil || a.gm != gm || a.epoch != it.Epoch || a.step != stepFreezing {
 			return nil // of an attempt that was given up
 		}
+		if err := s.parkedKeys(ss); err != nil {
+			return err
+		}
 	}
 	if gm == nil || gm.from != w {
 		return nil

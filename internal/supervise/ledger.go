@@ -22,6 +22,8 @@ import (
 //	| next id                   |   | entry B: the same, older or newer |
 //	| counters                  |   | facts:  crc, length, CBOR         |
 //	+---------------------------+   | record: state, crc, length, CBOR  |
+//	                                | keys:   kernel layer, see         |
+//	                                |         ledger_keys.go            |
 //	                                +-----------------------------------+
 //
 // What changes (owner, epoch, phase) is written to the older of the two entries,
@@ -30,15 +32,18 @@ import (
 // the shared pages.
 const (
 	ledgerMagic   = 0x6b746c7376697331 // "ktlsvis1"
-	ledgerVersion = 1
+	ledgerVersion = 2
 
 	headerSize = 4096
 	slotSize   = 1024
 	entrySize  = 128
 	factsOff   = 2 * entrySize
 	factsSize  = 448
-	recordOff  = factsOff + factsSize
-	recordSize = slotSize - recordOff
+	recordSize = slotSize - factsOff - factsSize
+	// In the kernel layer the slot ends with keys. There is no reason to give why a
+	// session is in it, and its record state is small.
+	kernelFacts  = 352
+	kernelRecord = slotSize - factsOff - kernelFacts - keysSize
 
 	hdrMagic    = 0
 	hdrVersion  = 8
@@ -74,6 +79,10 @@ type entry struct {
 	Software bool
 	Flags    wire.Flags // how a parked session comes to its next owner
 	Group    string
+	// Of changes of keys: the generation of the receiving key when the ownership
+	// began, and what is owed to the peer.
+	RXBase uint32
+	Owes   owed
 }
 
 // facts is the part of a slot that never changes.
@@ -89,8 +98,7 @@ type facts struct {
 	Overflow bool   `cbor:"9,keyasint,omitempty"` // Facts are with the keeper, too large for the slot
 }
 
-// record is the record state of a parked session, and the traffic secrets of one
-// in the kernel layer. It is void from the moment before RESUME is sent in the
+// record is the record state of a parked session. It is void from the moment before RESUME is sent in the
 // software layer (I5).
 //
 // In the kernel layer Record stays what it was after the handshake: it holds no
@@ -98,9 +106,8 @@ type facts struct {
 // what an owner parked since, with bytes that are read or sent once only; it is
 // void as soon as somebody owns the session again.
 type record struct {
-	Record  []byte `cbor:"1,keyasint,omitempty"`
-	Secrets []byte `cbor:"2,keyasint,omitempty"`
-	Parked  []byte `cbor:"3,keyasint,omitempty"`
+	Record []byte `cbor:"1,keyasint,omitempty"`
+	Parked []byte `cbor:"3,keyasint,omitempty"`
 }
 
 // current is the record state that the next owner gets.
@@ -251,6 +258,8 @@ func encodeEntry(b []byte, e entry) {
 	b[55] = byte(e.Flags)
 	clear(b[56:entrySize])
 	copy(b[56:56+wire.MaxGroup], e.Group)
+	binary.LittleEndian.PutUint32(b[120:], e.RXBase)
+	b[124] = byte(e.Owes)
 	binary.LittleEndian.PutUint32(b, crc32.Checksum(b[8:entrySize], crcTable))
 }
 
@@ -269,6 +278,8 @@ func decodeEntry(b []byte) (e entry, ok bool) {
 		Software: b[53] == 1,
 		Flags:    wire.Flags(b[55]),
 		Group:    string(b[56 : 56+int(b[54])]),
+		RXBase:   binary.LittleEndian.Uint32(b[120:]),
+		Owes:     owed(b[124]),
 	}
 	return e, e.Seq > 0
 }
@@ -301,8 +312,12 @@ func getPlace(b []byte, v any) error {
 	return cbor.Unmarshal(b[8:8+n], v)
 }
 
-func (l *ledger) putFacts(i int, f *facts) error {
-	return putPlace(l.slot(i)[factsOff:factsOff+factsSize], f)
+func (l *ledger) putFacts(i int, software bool, f *facts) error {
+	size := kernelFacts
+	if software {
+		size = factsSize
+	}
+	return putPlace(l.slot(i)[factsOff:factsOff+size], f)
 }
 
 func (l *ledger) facts(i int) (*facts, error) {
@@ -313,13 +328,21 @@ func (l *ledger) facts(i int) (*facts, error) {
 	return f, nil
 }
 
-func (l *ledger) putRecord(i int, r *record) error {
-	return putPlace(l.slot(i)[recordOff:], r)
+// recordPlace is where the record state of a session stands.
+func (l *ledger) recordPlace(i int, software bool) []byte {
+	if software {
+		return l.slot(i)[factsOff+factsSize:]
+	}
+	return l.slot(i)[factsOff+kernelFacts : keysOff]
 }
 
-func (l *ledger) record(i int) (*record, error) {
+func (l *ledger) putRecord(i int, software bool, r *record) error {
+	return putPlace(l.recordPlace(i, software), r)
+}
+
+func (l *ledger) record(i int, software bool) (*record, error) {
 	r := new(record)
-	if err := getPlace(l.slot(i)[recordOff:], r); err != nil {
+	if err := getPlace(l.recordPlace(i, software), r); err != nil {
 		return nil, fmt.Errorf("record state in the ledger: %w", err)
 	}
 	return r, nil
@@ -327,4 +350,4 @@ func (l *ledger) record(i int) (*record, error) {
 
 // voidRecord destroys the record state of a slot, before RESUME is sent: from
 // then on only the owner knows its sequence numbers.
-func (l *ledger) voidRecord(i int) { clear(l.slot(i)[recordOff:]) }
+func (l *ledger) voidRecord(i int, software bool) { clear(l.recordPlace(i, software)) }

@@ -26,10 +26,10 @@ var sample = entry{ID: 7, Epoch: wire.NewEpoch(3, 9), Owner: 4, Accepted: 12345,
 func TestLedgerOutlivesItsWriter(t *testing.T) {
 	l, fd := newLedger(t, 8)
 	l.put(5, sample)
-	if err := l.putFacts(5, &facts{Pool: "p", Facts: []byte("facts"), Peer: "192.0.2.1:1"}); err != nil {
+	if err := l.putFacts(5, true, &facts{Pool: "p", Facts: []byte("facts"), Peer: "192.0.2.1:1"}); err != nil {
 		t.Fatal(err)
 	}
-	if err := l.putRecord(5, &record{Record: []byte("rec"), Secrets: []byte("sec")}); err != nil {
+	if err := l.putRecord(5, true, &record{Record: []byte("rec")}); err != nil {
 		t.Fatal(err)
 	}
 	l.count(cntMoved, 3)
@@ -49,8 +49,8 @@ func TestLedgerOutlivesItsWriter(t *testing.T) {
 	if err != nil || f.Pool != "p" || string(f.Facts) != "facts" {
 		t.Errorf("facts %+v, %v", f, err)
 	}
-	r, err := next.record(5)
-	if err != nil || string(r.Record) != "rec" || string(r.Secrets) != "sec" {
+	r, err := next.record(5, true)
+	if err != nil || string(r.Record) != "rec" {
 		t.Errorf("record %+v, %v", r, err)
 	}
 	if next.used() != 6 {
@@ -126,12 +126,12 @@ func TestDamagedSlotIsNoticed(t *testing.T) {
 func TestSecretsLeaveTheLedger(t *testing.T) {
 	secret := []byte("0123456789abcdef0123456789abcdef")
 	for name, wipe := range map[string]func(*ledger){
-		"void": func(l *ledger) { l.voidRecord(0) },
+		"void": func(l *ledger) { l.voidRecord(0, true) },
 		"free": func(l *ledger) { l.free(0) },
 	} {
 		l, _ := newLedger(t, 1)
 		l.put(0, sample)
-		if err := l.putRecord(0, &record{Record: secret}); err != nil {
+		if err := l.putRecord(0, true, &record{Record: secret}); err != nil {
 			t.Fatal(err)
 		}
 		if !bytes.Contains(l.mem, secret) {
@@ -141,7 +141,7 @@ func TestSecretsLeaveTheLedger(t *testing.T) {
 		if bytes.Contains(l.mem, secret) {
 			t.Errorf("%s: the secret is still in the ledger", name)
 		}
-		if _, err := l.record(0); err == nil {
+		if _, err := l.record(0, true); err == nil {
 			t.Errorf("%s: record state can still be read", name)
 		}
 	}
@@ -149,10 +149,10 @@ func TestSecretsLeaveTheLedger(t *testing.T) {
 
 func TestLedgerRefusesWhatDoesNotFit(t *testing.T) {
 	l, _ := newLedger(t, 1)
-	if err := l.putFacts(0, &facts{Facts: make([]byte, factsSize)}); !errors.Is(err, errTooLarge) {
+	if err := l.putFacts(0, true, &facts{Facts: make([]byte, factsSize)}); !errors.Is(err, errTooLarge) {
 		t.Errorf("facts: %v", err)
 	}
-	if err := l.putRecord(0, &record{Record: make([]byte, recordSize)}); !errors.Is(err, errTooLarge) {
+	if err := l.putRecord(0, true, &record{Record: make([]byte, recordSize)}); !errors.Is(err, errTooLarge) {
 		t.Errorf("record: %v", err)
 	}
 }
@@ -178,7 +178,14 @@ func TestUsualSessionFitsASlot(t *testing.T) {
 	l, _ := newLedger(t, 1)
 	f := &facts{Pool: strings.Repeat("p", 32), Facts: make([]byte, 200), Peer: "[2001:db8::ffff:ffff:ffff:ffff]:65535",
 		SNI: "a-rather-long-name.of-a-host.example.org", ALPN: "mqtt", Reason: strings.Repeat("r", 100)}
-	if err := l.putFacts(0, f); err != nil {
+	if err := l.putFacts(0, true, f); err != nil {
+		t.Error(err)
+	}
+	f.Reason = ""
+	if err := l.putFacts(0, false, f); err != nil {
+		t.Error(err)
+	}
+	if err := l.putRecord(0, false, &record{Record: make([]byte, 60), Parked: make([]byte, 80)}); err != nil {
 		t.Error(err)
 	}
 }

@@ -63,7 +63,8 @@ func newSupervisor(ctx context.Context, log hclog.Logger, k store) *Supervisor {
 	s := &Supervisor{log: log, keeper: k, now: time.Now,
 		events: make(chan func(), 4096), stop: make(chan struct{}), done: make(chan struct{}),
 		sessions: map[uint64]*session{}, workers: map[uint64]*worker{}, pools: map[string]*pool{},
-		groups: map[groupKey]*group{}, attempts: map[*attempt]struct{}{}, groupMoves: map[*groupMove]struct{}{}}
+		groups: map[groupKey]*group{}, attempts: map[*attempt]struct{}{}, groupMoves: map[*groupMove]struct{}{},
+		owing: map[uint64]*session{}, keys: kernelKeys{}}
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	return s
 }

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
 const (
@@ -164,6 +165,9 @@ func (s *Supervisor) onParked(w *worker, m *wire.Message) error {
 		if ss == nil || ss.owner != w {
 			return fmt.Errorf("%w: PARKED for session %s, which it does not own", wire.ErrProtocol, sid(it.ID))
 		}
+		if err := s.parkedKeys(ss); err != nil {
+			return err
+		}
 		a := ss.attempt
 		if a == nil || a.epoch != it.Epoch || a.step != stepFreezing || a.gm != nil {
 			continue // of an attempt that was given up; its THAW is under way
@@ -241,6 +245,11 @@ func (s *Supervisor) commit(a *attempt) {
 	}
 	ss.owner, ss.epoch, ss.refusals, ss.flags, ss.refusedBy = a.to, a.epoch, 0, 0, nil
 	a.to.sessions[ss.id] = ss
+	if !ss.software {
+		k := s.led.keys(ss.slot, ktls.Receiving)
+		ss.rxBase = k.gen
+		k.wipe()
+	}
 	if a.joins != "" {
 		ss.group = a.joins
 		s.joinGroup(ss)
@@ -262,16 +271,16 @@ func (s *Supervisor) commit(a *attempt) {
 // here on only the owner knows which bytes and sequence numbers are spent (I5).
 func (s *Supervisor) voidParked(ss *session) {
 	if ss.software {
-		s.led.voidRecord(ss.slot)
+		s.led.voidRecord(ss.slot, ss.software)
 		return
 	}
-	r, err := s.led.record(ss.slot)
+	r, err := s.led.record(ss.slot, ss.software)
 	if err != nil || r.Parked == nil {
 		return
 	}
 	r.Parked = nil
-	if err := s.led.putRecord(ss.slot, r); err != nil {
-		s.led.voidRecord(ss.slot)
+	if err := s.led.putRecord(ss.slot, ss.software, r); err != nil {
+		s.led.voidRecord(ss.slot, ss.software)
 		s.log.Error("session cannot be adopted after a crash of its worker", "session", sid(ss.id), "error", err)
 	}
 }
@@ -393,7 +402,12 @@ func (s *Supervisor) orphan(ss *session, w *worker) {
 		s.inspectLost(ss)
 		return
 	}
-	r, err := s.led.record(ss.slot)
+	s.settleKeys(ss, func() { s.interrupted(ss) })
+}
+
+// interrupted parks a session of the kernel layer whose owner has died.
+func (s *Supervisor) interrupted(ss *session) {
+	r, err := s.led.record(ss.slot, ss.software)
 	if err != nil {
 		s.lose(ss, err.Error())
 		return
@@ -409,12 +423,12 @@ func (s *Supervisor) orphan(ss *session, w *worker) {
 // putParked records a session without an owner, with the record state that it
 // was parked with, so that it outlives the supervisor as well.
 func (s *Supervisor) putParked(ss *session, rec []byte) {
-	r, err := s.led.record(ss.slot)
+	r, err := s.led.record(ss.slot, ss.software)
 	if err != nil {
 		r = &record{}
 	}
 	r.Parked = rec
-	if err := s.led.putRecord(ss.slot, r); err != nil {
+	if err := s.led.putRecord(ss.slot, ss.software, r); err != nil {
 		s.log.Warn("the state of a parked session is not kept over a restart of the supervisor", "session", sid(ss.id), "error", err)
 	}
 	s.led.put(ss.slot, ss.slotEntry())

@@ -33,7 +33,7 @@ func TestMoveCommitsBeforeResume(t *testing.T) {
 		t.Fatalf("RESUME is out and the ledger says %+v", e)
 	}
 	u.s.call(func() {
-		if _, err := u.s.led.record(u.s.sessions[own.ID].slot); err == nil {
+		if _, err := u.s.led.record(u.s.sessions[own.ID].slot, true); err == nil {
 			t.Error("RESUME is out and record state of the software layer is still in the ledger")
 		}
 	})

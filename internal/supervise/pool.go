@@ -146,7 +146,8 @@ func (s *Supervisor) onHello(w *worker, h *wire.Hello) error {
 
 func (s *Supervisor) welcome(w *worker) {
 	s.send(w, &wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: wire.Version, Worker: w.id,
-		Pool: w.pool.name, Generation: w.gen, FreezeTimeout: time.Duration(w.pool.cfg.FreezeTimeout).Milliseconds()}})
+		Pool: w.pool.name, Generation: w.gen, FreezeTimeout: time.Duration(w.pool.cfg.FreezeTimeout).Milliseconds(),
+		Rekey: s.kernel.Rekey}})
 }
 
 func (s *Supervisor) onReady(w *worker) error {

@@ -179,7 +179,8 @@ func (s *Supervisor) recoverSessions(ctx context.Context) error {
 }
 
 func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, retained map[uint64]bool) {
-	ss := &session{id: e.ID, slot: slot, epoch: e.Epoch, group: e.Group, moves: e.Moves, accepted: e.Accepted, software: e.Software}
+	ss := &session{id: e.ID, slot: slot, epoch: e.Epoch, group: e.Group, moves: e.Moves, accepted: e.Accepted, software: e.Software,
+		rxBase: e.RXBase, owes: e.Owes}
 	f, err := s.led.facts(slot)
 	if err == nil && s.pools[f.Pool] == nil {
 		err = fmt.Errorf("pool %q is unknown", f.Pool)
@@ -196,6 +197,9 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 	}
 	ss.pool = s.pools[f.Pool]
 	s.sessions[ss.id] = ss
+	if ss.owes != 0 {
+		s.owing[ss.id] = ss
+	}
 	if e.Phase == slotOwned {
 		ss.owner = s.workers[e.Owner]
 		if ss.owner != nil {
@@ -210,7 +214,7 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 	case !retained[ss.id]:
 		s.lose(ss, "the supervisor died before the keeper had its socket")
 	case e.Phase == slotParked:
-		r, err := s.led.record(slot)
+		r, err := s.led.record(slot, e.Software)
 		if err != nil {
 			s.lose(ss, err.Error())
 			return

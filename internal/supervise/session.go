@@ -1,6 +1,7 @@
 package supervise
 
 import (
+	"errors"
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
@@ -37,6 +38,11 @@ type session struct {
 	wants     string // the group it waits to join
 	joinFails int    // moves to a group's home that failed in a row
 	bigFacts  []byte // facts too large for the slot
+
+	// Changes of keys: see rekey.go.
+	rekey  *rekeying // under way
+	rxBase uint32
+	owes   owed
 
 	// While owner is nil and attempt is nil: what an adopting worker gets.
 	cargo wire.Cargo
@@ -78,7 +84,8 @@ type attempt struct {
 // slotEntry is what the slot should say.
 func (ss *session) slotEntry() entry {
 	e := entry{ID: ss.id, Epoch: ss.epoch, Accepted: ss.accepted, Moves: ss.moves,
-		Software: ss.software, Flags: ss.flags, Group: ss.group, Phase: slotParked}
+		Software: ss.software, Flags: ss.flags, Group: ss.group, Phase: slotParked,
+		RXBase: ss.rxBase, Owes: ss.owes}
 	if ss.owner != nil {
 		e.Owner, e.Phase = ss.owner.id, slotOwned
 	}
@@ -100,6 +107,13 @@ func (s *Supervisor) end(ss *session) {
 		delete(ss.owner.sessions, ss.id)
 	}
 	s.leaveGroup(ss)
+	if r := ss.rekey; r != nil {
+		for _, f := range r.waiters {
+			f(errors.New("the session has ended"))
+		}
+		ss.rekey = nil
+	}
+	delete(s.owing, ss.id)
 	delete(s.sessions, ss.id)
 	delete(ss.pool.parked, ss.id)
 	s.retain.delete(ss.key())

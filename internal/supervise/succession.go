@@ -79,11 +79,12 @@ type lateMessage struct {
 	Facts    facts  `cbor:"1,keyasint"`
 	Record   record `cbor:"2,keyasint"`
 	Software bool   `cbor:"3,keyasint"`
+	Secrets  []byte `cbor:"4,keyasint,omitempty"`
 }
 
 func (s *Supervisor) sendLate(pc *sys.PacketConn, a *admission) {
 	defer sys.CloseAll([]int{a.fd})
-	b, err := cbor.Marshal(lateMessage{Facts: a.facts, Record: a.record, Software: a.software})
+	b, err := cbor.Marshal(lateMessage{Facts: a.facts, Record: a.record, Software: a.software, Secrets: a.secrets})
 	if err == nil {
 		var fd int
 		if fd, err = sys.SealedMemfd("ktlsvisor-late", b); err == nil {
@@ -133,7 +134,7 @@ func readLate(fds []int) (*admission, error) {
 		sys.CloseAll(fds[:1])
 		return nil, err
 	}
-	return &admission{fd: fds[0], facts: m.Facts, record: m.Record, software: m.Software}, nil
+	return &admission{fd: fds[0], facts: m.Facts, record: m.Record, software: m.Software, secrets: m.Secrets}, nil
 }
 
 // replaceSelf starts a successor and returns when it leads, or with the error

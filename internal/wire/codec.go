@@ -89,7 +89,7 @@ func (m *Message) check() error {
 	if _, ok := typeNames[m.Type]; !ok {
 		return fmt.Errorf("unknown message type %d", m.Type)
 	}
-	for _, n := range []int{len(m.Items), len(m.Blobs), len(m.Refs), len(m.Refused), len(m.Closed), len(m.Held)} {
+	for _, n := range []int{len(m.Items), len(m.Blobs), len(m.Refs), len(m.Refused), len(m.Closed), len(m.Held), len(m.Rekeys)} {
 		if n > MaxItems {
 			return fmt.Errorf("%d entries, the limit is %d", n, MaxItems)
 		}
@@ -130,6 +130,12 @@ func (m *Message) check() error {
 		h := &m.Held[i]
 		if len(h.Group) > MaxGroup || h.Phase == 0 || h.Phase > PhaseClosed {
 			return errors.New("malformed inventory")
+		}
+	}
+	for i := range m.Rekeys {
+		r := &m.Rekeys[i]
+		if r.ID == 0 || len(r.Failed) > MaxText || len(r.Record) > MaxHandshakeRecord {
+			return errors.New("malformed change of keys")
 		}
 	}
 	return m.checkBody()

@@ -51,6 +51,15 @@ func samples() []*Message {
 		{Type: TypeStop, Millis: 10_000, Drain: true, Text: "upgrade"},
 		{Type: TypePing, Nonce: 5},
 		{Type: TypePong, Nonce: 5},
+		{Type: TypeKeyUpdate, Rekeys: []Rekey{{Ref: r, Count: 3, Request: true}}},
+		{Type: TypeRekeyed, Rekeys: []Rekey{{Ref: r, Count: 3}, {Ref: r, Count: 4, Failed: "no such key"}}},
+		{Type: TypeWantUpdate, Rekeys: []Rekey{{Ref: r, Request: true}}},
+		{Type: TypePause, Rekeys: []Rekey{{Ref: r}}},
+		{Type: TypePaused, Rekeys: []Rekey{{Ref: r}, {Ref: r, Failed: "closed"}}},
+		{Type: TypeSend, Rekeys: []Rekey{{Ref: r, Record: []byte{24, 0, 0, 1, 0}}}},
+		{Type: TypeSent, Rekeys: []Rekey{{Ref: r}, {Ref: r, Failed: "no room"}}},
+		{Type: TypeContinue, Rekeys: []Rekey{{Ref: r}}},
+		{Type: TypeUpdate, Rekeys: []Rekey{{Ref: r, Request: true}}},
 	}
 }
 
@@ -118,7 +127,7 @@ func TestDecodeRefuses(t *testing.T) {
 	for name, v := range map[string]any{
 		"no map":                       []int{1},
 		"no type":                      m{},
-		"unknown type":                 m{0: 23},
+		"unknown type":                 m{0: 32},
 		"type out of range":            m{0: 300},
 		"text for a number":            m{0: "FREEZE"},
 		"too many refs":                m{0: 7, 5: many},

@@ -29,13 +29,14 @@ const ChannelFD = 3
 
 // Limits of the protocol. A message that breaks one closes the channel.
 const (
-	MaxItems   = 64       // sessions in one message
-	MaxInline  = 4 << 10  // bytes of a cargo or blob carried in the message itself
-	MaxCargo   = 16 << 20 // bytes of a cargo or blob carried in a sealed memfd
-	MaxLarge   = 64 << 20 // bytes of all memfds of one message
-	MaxGroup   = 64       // bytes of a group's name
-	MaxText    = 512      // bytes of a text for people
-	MaxSchemas = 64       // schemas in a HELLO
+	MaxItems           = 64       // sessions in one message
+	MaxInline          = 4 << 10  // bytes of a cargo or blob carried in the message itself
+	MaxCargo           = 16 << 20 // bytes of a cargo or blob carried in a sealed memfd
+	MaxLarge           = 64 << 20 // bytes of all memfds of one message
+	MaxGroup           = 64       // bytes of a group's name
+	MaxText            = 512      // bytes of a text for people
+	MaxSchemas         = 64       // schemas in a HELLO
+	MaxHandshakeRecord = 64       // bytes of the record in SEND
 )
 
 // Type says what a message is.
@@ -65,6 +66,17 @@ const (
 	TypeStop           Type = 20 // S>W: retire
 	TypePing           Type = 21 // S>W: answer with PONG
 	TypePong           Type = 22 // W>S
+
+	// A change of keys in the kernel layer; see Rekey.
+	TypeKeyUpdate  Type = 23 // W>S: the peer's KeyUpdate was read; nothing more is
+	TypeRekeyed    Type = 24 // S>W: its next key is set, read on
+	TypeWantUpdate Type = 25 // W>S: a KeyUpdate should be sent
+	TypePause      Type = 26 // S>W: stop writing, at a record's end
+	TypePaused     Type = 27 // W>S: nothing is written until CONTINUE
+	TypeSend       Type = 28 // S>W: send this handshake record
+	TypeSent       Type = 29 // W>S: it was sent, or could not be
+	TypeContinue   Type = 30 // S>W: the next key is set, write on
+	TypeUpdate     Type = 31 // S>W: software layer: send a KeyUpdate yourself; the answer is SENT
 )
 
 var typeNames = map[Type]string{
@@ -74,6 +86,9 @@ var typeNames = map[Type]string{
 	TypeClosed: "CLOSED", TypeClosedAck: "CLOSED_ACK", TypeClose: "CLOSE",
 	TypeInventory: "INVENTORY", TypeInventoryReply: "INVENTORY_REPLY", TypeGroup: "GROUP",
 	TypeGrouped: "GROUPED", TypeStop: "STOP", TypePing: "PING", TypePong: "PONG",
+	TypeKeyUpdate: "KEY_UPDATE", TypeRekeyed: "REKEYED", TypeWantUpdate: "WANT_UPDATE",
+	TypePause: "PAUSE", TypePaused: "PAUSED", TypeSend: "SEND", TypeSent: "SENT",
+	TypeContinue: "CONTINUE", TypeUpdate: "UPDATE",
 }
 
 func (t Type) String() string {
@@ -162,7 +177,8 @@ type Welcome struct {
 	Worker        uint64 `cbor:"2,keyasint"`
 	Pool          string `cbor:"3,keyasint"`
 	Generation    uint32 `cbor:"4,keyasint"`
-	FreezeTimeout int64  `cbor:"5,keyasint"` // milliseconds
+	FreezeTimeout int64  `cbor:"5,keyasint"`           // milliseconds
+	Rekey         bool   `cbor:"6,keyasint,omitempty"` // the supervisor can change keys in this kernel
 }
 
 // Refused says why a session could not be adopted.
@@ -228,6 +244,26 @@ type Held struct {
 	Reason  Reason `cbor:"6,keyasint,omitempty"`
 }
 
+// Rekey is one session's part in a change of keys. Epoch is that of the ownership.
+//
+// The peer's KeyUpdate:  KEY_UPDATE -> the supervisor sets the next receiving key ->
+// REKEYED. Ours: PAUSE -> PAUSED -> the supervisor notes the sequence number -> SEND ->
+// SENT -> it sets the next sending key -> CONTINUE.
+type Rekey struct {
+	Ref
+	// Count numbers the peer's KeyUpdates since the adoption, from 1: KEY_UPDATE,
+	// REKEYED.
+	Count uint64 `cbor:"3,keyasint,omitempty"`
+	// Request: in KEY_UPDATE the peer wants an answer (also when that is not known);
+	// in WANT_UPDATE, UPDATE and SEND the peer is to change its key as well.
+	Request bool `cbor:"4,keyasint,omitempty"`
+	// Failed says why something was not done: PAUSED, SENT. In REKEYED and CONTINUE the
+	// key could not be set, and the session is to be closed with ReasonLayer.
+	Failed string `cbor:"5,keyasint,omitempty"`
+	// Record is what SEND wants sent as one record of type 22.
+	Record []byte `cbor:"6,keyasint,omitempty"`
+}
+
 // Message is one message of the control channel. Which fields count depends on
 // Type; the rest is empty.
 type Message struct {
@@ -246,4 +282,5 @@ type Message struct {
 	Text    string    `cbor:"12,keyasint,omitempty"` // GROUPED: why the group cannot be joined; STOP: why
 	Millis  int64     `cbor:"13,keyasint,omitempty"` // STOP: time to end the sessions
 	Drain   bool      `cbor:"14,keyasint,omitempty"` // STOP: leave when no session is left, end none
+	Rekeys  []Rekey   `cbor:"15,keyasint,omitempty"` // KEY_UPDATE REKEYED WANT_UPDATE PAUSE PAUSED SEND SENT CONTINUE UPDATE
 }

@@ -1,0 +1,633 @@
+package supervise
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+	"github.com/ktlsvisor/ktlsvisor/ktls"
+)
+
+// Changes of keys in the kernel layer: the owner has no secrets, so it is told which
+// record to send, and this process sets the keys on a duplicate of the socket. What is
+// set is in the ledger before it is set, and what the ledger says is compared with the
+// socket before anything is done: so this process and the owner may die at any step,
+// and no key is ever set twice (I5).
+//
+//	receiving: KEY_UPDATE -> prepare -> set -> complete -> REKEYED
+//	sending:   PAUSE -> PAUSED -> prepare, with the sequence number -> SEND -> SENT ->
+//	           set, if the number has risen by one -> complete -> CONTINUE
+
+// owed says what a session owes its peer, also over crashes.
+type owed uint8
+
+const (
+	owesUpdate  owed = 1 // a KeyUpdate
+	owesRequest owed = 2 // which asks for one in return
+)
+
+// stage is how far a change of the sending key has come.
+type stage uint8
+
+const (
+	stageNone    stage = iota
+	stagePausing       // PAUSE sent
+	stagePaused        // PAUSED came; the socket is being looked at
+	stageSending       // SEND sent
+	stageSent          // SENT came; the key is being set
+	stageSelf          // software layer: UPDATE sent
+)
+
+// rekeying is a change of keys under way.
+type rekeying struct {
+	stage   stage
+	asked   owed // what SEND was sent for
+	again   bool // something new is owed since
+	rx      bool // the receiving key is being set
+	ops     int  // goroutines that work on the socket
+	waiters []func(error)
+	retryAt time.Time
+	// settled is called, with the owner dead, when no goroutine works on the socket
+	// any more.
+	settled func()
+}
+
+// retryUpdate is when a KeyUpdate for which there was no room is tried again.
+const retryUpdate = 2 * time.Second
+
+// keySetter reads and sets keys of sockets; tests play the kernel.
+type keySetter interface {
+	position(fd int, k *ktls.KeyChange) (next bool, seq uint64, err error)
+	apply(fd int, k *ktls.KeyChange) error
+}
+
+type kernelKeys struct{}
+
+func (kernelKeys) position(fd int, k *ktls.KeyChange) (bool, uint64, error) { return k.Position(fd) }
+func (kernelKeys) apply(fd int, k *ktls.KeyChange) error                    { return k.Apply(fd) }
+
+// enterKeys puts a new session's secrets into its slot.
+func (s *Supervisor) enterKeys(slot int, secrets []byte) error {
+	if len(secrets) == 0 {
+		return nil
+	}
+	sec, err := ktls.ParseSecrets(secrets)
+	wipe(secrets)
+	if err != nil {
+		return err
+	}
+	defer sec.Wipe()
+	if len(sec.TX) == 0 {
+		return nil // TLS 1.2
+	}
+	return s.led.initKeys(slot, sec.TX, sec.RX)
+}
+
+// change is a session's rekeying, made when there is none.
+func (ss *session) change() *rekeying {
+	if ss.rekey == nil {
+		ss.rekey = &rekeying{}
+	}
+	return ss.rekey
+}
+
+// rest forgets a rekeying in which nothing is under way.
+func (ss *session) rest() {
+	if r := ss.rekey; r != nil && r.stage == stageNone && !r.rx && r.ops == 0 && len(r.waiters) == 0 && r.retryAt.IsZero() {
+		ss.rekey = nil
+	}
+}
+
+// owe records what a session owes, for whoever owns it and whoever supervises it.
+func (s *Supervisor) owe(ss *session, o owed) {
+	if ss.owes == o {
+		return
+	}
+	ss.owes = o
+	s.led.put(ss.slot, ss.slotEntry())
+	if o == 0 {
+		delete(s.owing, ss.id)
+	} else {
+		s.owing[ss.id] = ss
+	}
+}
+
+// keyChange is the next step of a direction, and what the ledger says of it. The
+// secrets in it are wiped by forget.
+func (s *Supervisor) keyChange(ss *session, d ktls.Direction) (*ktls.KeyChange, keyState, error) {
+	k := s.led.keys(ss.slot, d)
+	if k.current == nil {
+		return nil, k, errors.New("the ledger has no secrets of it")
+	}
+	f, err := s.led.facts(ss.slot)
+	if err != nil {
+		return nil, k, err
+	}
+	c := &ktls.KeyChange{Suite: f.Suite, Direction: d, Current: k.current, Next: k.next}
+	if c.Next == nil {
+		if k.gen >= maxKeyGen {
+			return nil, k, errors.New("its keys have changed too often")
+		}
+		if c.Next, err = ktls.NextSecret(c.Suite, c.Current); err != nil {
+			return nil, k, err
+		}
+	}
+	return c, k, nil
+}
+
+func forget(c *ktls.KeyChange) {
+	wipe(c.Current)
+	wipe(c.Next)
+}
+
+// onSocket runs f with a duplicate of a session's socket, away from the goroutine that
+// owns the ledger, and then there.
+func (s *Supervisor) onSocket(ss *session, f func(fd int) error, then func(error)) {
+	r := ss.change()
+	r.ops++
+	s.keyOps++
+	go func() {
+		err := s.withSocket(ss.id, f)
+		s.post(func() {
+			s.keyOps--
+			r.ops--
+			if s.sessions[ss.id] != ss {
+				return
+			}
+			if r.settled != nil {
+				if r.ops == 0 {
+					f := r.settled
+					r.settled = nil
+					f()
+				}
+				return
+			}
+			then(err)
+			ss.rest()
+		})
+	}()
+}
+
+var errNoSocket = errors.New("its socket could not be fetched from the keeper")
+
+func (s *Supervisor) withSocket(id uint64, f func(fd int) error) error {
+	ctx, cancel := context.WithTimeout(s.ctx, keeperTimeout)
+	defer cancel()
+	entries, err := s.keeper.Get(ctx, keeper.KindSocket, id)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errNoSocket, err)
+	}
+	err = errNoSocket
+	for i := range entries {
+		if len(entries[i].FDs) == 1 && entries[i].Key.ID == id {
+			err = f(entries[i].FDs[0])
+		}
+		sys.CloseAll(entries[i].FDs)
+	}
+	return err
+}
+
+// onRekey handles a worker's part in changes of keys.
+func (s *Supervisor) onRekey(w *worker, m *wire.Message) error {
+	for i := range m.Rekeys {
+		r := &m.Rekeys[i]
+		ss := s.sessions[r.ID]
+		if ss == nil {
+			continue // it has ended meanwhile
+		}
+		if ss.owner != w || ss.epoch != r.Epoch {
+			return fmt.Errorf("%w: %s for session %s, which it does not own", wire.ErrProtocol, m.Type, sid(r.ID))
+		}
+		if ss.software != (m.Type == wire.TypeSent && ss.rekey != nil && ss.rekey.stage == stageSelf) {
+			if ss.software && m.Type == wire.TypeSent {
+				continue // asked by a supervisor before this one
+			}
+			return fmt.Errorf("%w: %s for session %s, whose keys it has itself", wire.ErrProtocol, m.Type, sid(r.ID))
+		}
+		var err error
+		switch m.Type {
+		case wire.TypeKeyUpdate:
+			err = s.onKeyUpdate(ss, r)
+		case wire.TypeWantUpdate:
+			o := owesUpdate
+			if r.Request {
+				o |= owesRequest
+			}
+			s.startUpdate(ss, o)
+		case wire.TypePaused:
+			s.onPaused(ss, r)
+		case wire.TypeSent:
+			s.onSent(ss, r)
+		default:
+		}
+		if err != nil {
+			return err
+		}
+		ss.rest()
+	}
+	return nil
+}
+
+// onKeyUpdate follows the peer to its next key.
+func (s *Supervisor) onKeyUpdate(ss *session, m *wire.Rekey) error {
+	k := s.led.keys(ss.slot, ktls.Receiving)
+	defer k.wipe()
+	goal := uint64(ss.rxBase) + m.Count
+	if k.current == nil || m.Count == 0 || goal > uint64(k.gen)+1 {
+		return fmt.Errorf("%w: KEY_UPDATE %d for session %s, which has followed %d", wire.ErrProtocol, m.Count, sid(ss.id), k.gen-ss.rxBase)
+	}
+	if m.Request {
+		s.owe(ss, ss.owes|owesUpdate)
+	}
+	switch {
+	case goal <= uint64(k.gen):
+		s.sayRekey(ss, wire.TypeRekeyed, wire.Rekey{Count: m.Count}) // done by a supervisor before this one
+	case ss.rekey != nil && ss.rekey.rx: // told twice
+	default:
+		s.followKey(ss, m.Count)
+	}
+	if m.Request {
+		s.startUpdate(ss, owesUpdate)
+	}
+	return nil
+}
+
+func (s *Supervisor) followKey(ss *session, count uint64) {
+	c, k, err := s.keyChange(ss, ktls.Receiving)
+	if err != nil {
+		s.failKeys(ss, wire.TypeRekeyed, err)
+		return
+	}
+	s.led.prepare(ss.slot, ktls.Receiving, &k, c.Next, 0)
+	ss.change().rx = true
+	s.onSocket(ss, func(fd int) error {
+		defer forget(c)
+		return s.keys.apply(fd, c)
+	}, func(err error) {
+		ss.rekey.rx = false
+		if err != nil {
+			s.failKeys(ss, wire.TypeRekeyed, err)
+			return
+		}
+		s.led.complete(ss.slot, ktls.Receiving, k.gen)
+		s.led.count(cntKeyUpdates, 1)
+		s.sayRekey(ss, wire.TypeRekeyed, wire.Rekey{Count: count})
+	})
+}
+
+// startUpdate begins to change a session's sending key, unless that is under way.
+func (s *Supervisor) startUpdate(ss *session, o owed) {
+	s.owe(ss, ss.owes|o)
+	r := ss.change()
+	switch {
+	case r.stage == stageSending || r.stage == stageSent:
+		// An answer to what came before is on its way. A request that came after it wants
+		// another one.
+		r.again = true
+	case r.stage != stageNone, s.now().Before(r.retryAt), ss.attempt != nil, ss.owner == nil, !ss.owner.usable():
+		// Under way; or pump comes back to it, with whoever owns it then.
+	default:
+		r.retryAt = time.Time{}
+		r.stage = stagePausing
+		s.sayRekey(ss, wire.TypePause, wire.Rekey{})
+	}
+}
+
+// payUpdates starts what is owed by sessions that could not pay before.
+func (s *Supervisor) payUpdates() {
+	for _, ss := range s.owing {
+		if ss.rekey == nil || ss.rekey.stage == stageNone {
+			s.startUpdate(ss, 0)
+		}
+	}
+}
+
+// onPaused notes where the sending direction stands, and has the KeyUpdate sent.
+func (s *Supervisor) onPaused(ss *session, m *wire.Rekey) {
+	r := ss.change()
+	c, k, err := s.keyChange(ss, ktls.Sending)
+	if err != nil {
+		s.failKeys(ss, wire.TypeContinue, err)
+		return
+	}
+	switch {
+	case m.Failed != "": // the session is at its end, or does not send any more
+		forget(c)
+		s.owe(ss, 0)
+		s.endUpdate(ss, errors.New(m.Failed))
+		return
+	case r.stage == stagePaused || r.stage == stageSending || r.stage == stageSent:
+		forget(c)
+		return // told twice
+	case k.next == nil && (ss.owes == 0 || ss.attempt != nil):
+		// Nothing to do any more; or the session is on its way to another owner, who does it.
+		forget(c)
+		s.continueWriting(ss, errMovesFirst)
+		return
+	}
+	r.stage = stagePaused
+	var next bool
+	var seq uint64
+	s.onSocket(ss, func(fd int) (err error) {
+		next, seq, err = s.keys.position(fd, c)
+		return err
+	}, func(err error) {
+		defer forget(c)
+		switch {
+		case err == nil && k.next == nil && !next:
+			s.led.prepare(ss.slot, ktls.Sending, &k, c.Next, seq)
+		case err == nil && k.next != nil && !next && seq == k.seq:
+			// A supervisor before this one came as far as this; its SEND was not carried out.
+		case err == nil && k.next != nil && (next || seq == k.seq+1):
+			s.setSendingKey(ss)
+			return
+		default:
+			s.failKeys(ss, wire.TypeContinue, doubt(err, k.seq, seq))
+			return
+		}
+		r.stage, r.asked, r.again = stageSending, ss.owes, false
+		s.sayRekey(ss, wire.TypeSend, wire.Rekey{Request: ss.owes&owesRequest != 0,
+			Record: ktls.KeyUpdateMessage(ss.owes&owesRequest != 0)})
+	})
+}
+
+var errMovesFirst = errors.New("the session is on its way to another worker, which will send it")
+
+func doubt(err error, was, is uint64) error {
+	if err == nil {
+		err = fmt.Errorf("sequence number %d, %d expected: %w", is, was, ktls.ErrKeyDoubt)
+	}
+	return err
+}
+
+// onSent sets the next sending key.
+func (s *Supervisor) onSent(ss *session, m *wire.Rekey) {
+	r := ss.change()
+	switch {
+	case r.stage == stageSelf:
+		r.stage = stageNone
+		var err error
+		if m.Failed != "" {
+			err = errors.New(m.Failed)
+		}
+		s.endUpdate(ss, err)
+	case r.stage == stageSent || r.stage == stagePaused: // told twice
+	case m.Failed == "":
+		s.setSendingKey(ss)
+	default:
+		s.notSent(ss, errors.New(m.Failed))
+	}
+}
+
+// notSent takes the intent back, when the socket says so too.
+func (s *Supervisor) notSent(ss *session, why error) {
+	r := ss.change()
+	c, k, err := s.keyChange(ss, ktls.Sending)
+	if err != nil || k.next == nil {
+		if err == nil {
+			forget(c)
+		}
+		s.continueWriting(ss, why)
+		return
+	}
+	r.stage = stageSent
+	var next bool
+	var seq uint64
+	s.onSocket(ss, func(fd int) (err error) {
+		defer forget(c)
+		next, seq, err = s.keys.position(fd, c)
+		return err
+	}, func(err error) {
+		if err != nil || next || seq != k.seq {
+			s.failKeys(ss, wire.TypeContinue, doubt(err, k.seq, seq))
+			return
+		}
+		s.led.abort(ss.slot, ktls.Sending, k.gen)
+		r.retryAt = s.now().Add(retryUpdate)
+		s.continueWriting(ss, why)
+	})
+}
+
+// setSendingKey sets the key that follows the KeyUpdate that was sent.
+func (s *Supervisor) setSendingKey(ss *session) {
+	r := ss.change()
+	c, k, err := s.keyChange(ss, ktls.Sending)
+	switch {
+	case err != nil:
+		s.failKeys(ss, wire.TypeContinue, err)
+		return
+	case k.next == nil: // done by a supervisor before this one
+		forget(c)
+		s.continueWriting(ss, nil)
+		return
+	}
+	r.stage = stageSent
+	s.onSocket(ss, func(fd int) error {
+		defer forget(c)
+		next, seq, err := s.keys.position(fd, c)
+		switch {
+		case err != nil || next:
+			return err
+		case seq != k.seq+1:
+			return doubt(nil, k.seq+1, seq)
+		}
+		return s.keys.apply(fd, c)
+	}, func(err error) {
+		if err != nil {
+			s.failKeys(ss, wire.TypeContinue, err)
+			return
+		}
+		s.sentKeySet(ss, k.gen)
+		s.continueWriting(ss, nil)
+	})
+}
+
+// sentKeySet records that the sending key of the generation after gen is in force.
+func (s *Supervisor) sentKeySet(ss *session, gen uint32) {
+	s.led.complete(ss.slot, ktls.Sending, gen)
+	s.led.count(cntKeyUpdates, 1)
+	left := ss.owes &^ ss.change().asked
+	if ss.change().again {
+		left |= owesUpdate
+	}
+	s.owe(ss, left)
+}
+
+// continueWriting ends a pause.
+func (s *Supervisor) continueWriting(ss *session, err error) {
+	s.sayRekey(ss, wire.TypeContinue, wire.Rekey{})
+	s.endUpdate(ss, err)
+}
+
+// endUpdate tells whoever asked for a KeyUpdate how it went.
+func (s *Supervisor) endUpdate(ss *session, err error) {
+	r := ss.change()
+	r.stage, r.asked, r.again = stageNone, 0, false
+	list := r.waiters
+	r.waiters = nil
+	for _, f := range list {
+		f(err)
+	}
+	if err == nil && ss.owes != 0 {
+		s.startUpdate(ss, 0)
+	}
+}
+
+// failKeys ends a session whose keys are in doubt.
+func (s *Supervisor) failKeys(ss *session, answer wire.Type, err error) {
+	s.log.Error("session closed: its keys could not be changed", "session", sid(ss.id), "error", err)
+	s.owe(ss, 0)
+	s.sayRekey(ss, answer, wire.Rekey{Failed: wire.Clip("keys could not be changed: " + err.Error())})
+	s.endUpdate(ss, err)
+	if ss.owner == nil {
+		s.lose(ss, "its keys are in doubt: "+err.Error())
+	}
+}
+
+func (s *Supervisor) sayRekey(ss *session, t wire.Type, r wire.Rekey) {
+	if ss.owner == nil {
+		return
+	}
+	r.Ref = wire.Ref{ID: ss.id, Epoch: ss.epoch}
+	s.send(ss.owner, &wire.Message{Type: t, Rekeys: []wire.Rekey{r}})
+}
+
+// parkedKeys is told that a session was parked. Its owner had to end a change of keys
+// before; only a PAUSE may have crossed.
+func (s *Supervisor) parkedKeys(ss *session) error {
+	r := ss.rekey
+	if r == nil {
+		return nil
+	}
+	if r.rx || r.stage > stagePausing && r.stage != stageSelf {
+		return fmt.Errorf("%w: PARKED for session %s, whose keys are being changed", wire.ErrProtocol, sid(ss.id))
+	}
+	if r.stage != stageNone {
+		s.endUpdate(ss, errMovesFirst)
+	}
+	ss.rest()
+	return nil
+}
+
+// settleKeys brings the keys of a session whose owner has been seen dead in order, and
+// then calls done. The socket says how far a change of keys came; on any doubt the
+// session is lost.
+func (s *Supervisor) settleKeys(ss *session, done func()) {
+	if r := ss.rekey; r != nil {
+		if r.ops > 0 {
+			r.settled = func() { s.settleKeys(ss, done) }
+			return
+		}
+		for _, f := range r.waiters {
+			f(errors.New("its worker died"))
+		}
+		ss.rekey = nil
+	}
+	rx, tx := s.led.keys(ss.slot, ktls.Receiving), s.led.keys(ss.slot, ktls.Sending)
+	defer rx.wipe()
+	defer tx.wipe()
+	if rx.next == nil && tx.next == nil {
+		done()
+		return
+	}
+	var steps []func(fd int) error
+	var then []func()
+	if rx.next != nil {
+		c, k, err := s.keyChange(ss, ktls.Receiving)
+		if err != nil {
+			s.lose(ss, err.Error())
+			return
+		}
+		steps = append(steps, func(fd int) error { defer forget(c); return s.keys.apply(fd, c) })
+		then = append(then, func() { s.led.complete(ss.slot, ktls.Receiving, k.gen); s.led.count(cntKeyUpdates, 1) })
+	}
+	if tx.next != nil {
+		c, k, err := s.keyChange(ss, ktls.Sending)
+		if err != nil {
+			s.lose(ss, err.Error())
+			return
+		}
+		sent := false
+		steps = append(steps, func(fd int) error {
+			defer forget(c)
+			next, seq, err := s.keys.position(fd, c)
+			switch {
+			case err != nil:
+				return err
+			case next:
+				sent = true
+				return nil
+			case seq == k.seq:
+				return nil // the KeyUpdate was not sent
+			case seq == k.seq+1:
+				sent = true
+				return s.keys.apply(fd, c)
+			}
+			return doubt(nil, k.seq, seq)
+		})
+		then = append(then, func() {
+			if !sent {
+				s.led.abort(ss.slot, ktls.Sending, k.gen)
+				return
+			}
+			ss.change().asked = ss.owes
+			s.sentKeySet(ss, k.gen)
+		})
+	}
+	s.onSocket(ss, func(fd int) error {
+		for _, f := range steps {
+			if err := f(fd); err != nil {
+				return err
+			}
+		}
+		return nil
+	}, func(err error) {
+		if err != nil {
+			s.lose(ss, "its worker died while its keys were changed, and they are in doubt: "+err.Error())
+			return
+		}
+		for _, f := range then {
+			f()
+		}
+		ss.change().asked = 0
+		done()
+	})
+}
+
+// updateKeys is the operator's word: a KeyUpdate for one session. then is told how it
+// went.
+func (s *Supervisor) updateKeys(ss *session, request bool, then func(error)) {
+	f, err := s.led.facts(ss.slot)
+	switch {
+	case err != nil:
+	case f.Version != tls.VersionTLS13:
+		err = errors.New("TLS 1.2 has no KeyUpdate")
+	case !ss.software && !s.kernel.Rekey:
+		err = errors.New("this kernel cannot change keys (6.14 or newer can)")
+	case ss.owner == nil || ss.attempt != nil || !ss.owner.usable():
+		err = errMovesFirst
+	}
+	if err != nil {
+		then(err)
+		return
+	}
+	r := ss.change()
+	r.waiters = append(r.waiters, then)
+	r.retryAt = time.Time{}
+	o := owesUpdate
+	if request {
+		o |= owesRequest
+	}
+	switch {
+	case !ss.software:
+		s.startUpdate(ss, o)
+	case r.stage == stageNone:
+		r.stage = stageSelf
+		s.sayRekey(ss, wire.TypeUpdate, wire.Rekey{Request: request})
+	}
+}
