@@ -60,7 +60,7 @@ func (b *barrier) leave(c *Conn) {
 
 // wait arrives and waits for the others. It returns nil when there is something new
 // for the caller to look at.
-func (b *barrier) wait(c *Conn, moving <-chan struct{}, deadline time.Time) error {
+func (b *barrier) wait(c *Conn, moving, dead <-chan struct{}, deadline time.Time) error {
 	b.leave(c)
 	var expired <-chan time.Time
 	if !deadline.IsZero() {
@@ -76,7 +76,7 @@ func (b *barrier) wait(c *Conn, moving <-chan struct{}, deadline time.Time) erro
 		}
 		c.mu.Unlock()
 	case <-moving:
-	case <-c.deadCh:
+	case <-dead:
 	case <-expired:
 		return os.ErrDeadlineExceeded
 	}

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -26,18 +27,20 @@ type Conn struct {
 	tls                  *ktls.Conn // the last one; of no use while detached
 	detached             bool
 	dead                 error         // why nothing works any more, nil while it does
-	deadCh               chan struct{} // closed with dead
-	shutDone             chan struct{} // closed when the socket is closed
-	moving               bool
-	movingCh             chan struct{} // closed while moving
-	told                 bool          // this run of the handler was given ErrMoving
-	stopping             bool          // Read gives ErrStopping
-	closed               bool          // the application called Close
+	died                 beacon        // on with dead
+	shutDone             chan struct{} // made with dead; closed when the socket is closed
+	moving               beacon
+	tired                bool // moving for a rest only, see rest.go
+	told                 bool // this run of the handler was given ErrMoving
+	stopping             bool // Read gives ErrStopping
+	closed               bool // the application called Close
 	holds                int
 	flushing, flushAgain bool
 	rdl, wdl             time.Time // the application's deadlines
 	barrier              *barrier  // members of the group that have to be there before input is
 	cause                error     // what ended the session, as Read or Write saw it
+
+	since atomic.Uint32 // the worker's tick when Read began to wait, 0 when it does not
 
 	app         []byte
 	restored    bool
@@ -131,7 +134,7 @@ func (c *Conn) Hold() (release func()) {
 func (c *Conn) Moving() <-chan struct{} {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.movingCh
+	return c.moving.wait()
 }
 
 // Group is the name of the group the session belongs to, "" for none.
@@ -202,6 +205,9 @@ func (c *Conn) Close() error {
 	c.closed = true
 	c.mu.Unlock()
 	c.shut(net.ErrClosed)
+	if c.w.restAfter > 0 {
+		c.w.in.post(func() { c.w.wake(c.s) }) // there is no input for it any more
+	}
 	return nil
 }
 

@@ -6,7 +6,7 @@ import (
 	"sync"
 )
 
-// copyBuffers holds the buffers of WriteTo.
+// copyBuffers holds the buffers of WriteTo, which has one only while there is input.
 var copyBuffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
 
 // maxBehind is how many bytes of unsent output an echo may have and still take more
@@ -20,8 +20,6 @@ var _ io.WriterTo = (*Conn)(nil)
 // Read here or in the next owner: so io.Copy(c, c) loses nothing when it ends with
 // ErrMoving. The number is of bytes that w took.
 func (c *Conn) WriteTo(w io.Writer) (int64, error) {
-	buf := copyBuffers.Get().(*[32 << 10]byte)
-	defer copyBuffers.Put(buf)
 	var total int64
 	for {
 		if w == io.Writer(c) && c.session().Pending() >= maxBehind {
@@ -31,26 +29,43 @@ func (c *Conn) WriteTo(w io.Writer) (int64, error) {
 				return total, err
 			}
 		}
-		n, err := c.Read(buf[:])
-		if errors.Is(err, io.EOF) && n == 0 {
+		if err := c.waitRead(); err != nil {
+			return total, err
+		}
+		n, err := c.copyOnce(w)
+		total += int64(n)
+		if errors.Is(err, errCopied) {
 			return total, nil
 		}
 		if err != nil {
 			return total, err
 		}
-		k, err := w.Write(buf[:n])
-		if k < 0 || k > n {
-			return total, errors.New("copy: the writer says that it took more than it was given")
-		}
-		total += int64(k)
-		if k < n {
-			c.Unread(buf[k:n])
-			if err == nil {
-				err = io.ErrShortWrite
-			}
-		}
-		if err != nil {
-			return total, err
+	}
+}
+
+// errCopied is what copyOnce gives at the end of the input.
+var errCopied = errors.New("copy: the peer sent close_notify")
+
+// copyOnce copies what one Read gives; n is what w took.
+func (c *Conn) copyOnce(w io.Writer) (n int, err error) {
+	buf := copyBuffers.Get().(*[32 << 10]byte)
+	defer copyBuffers.Put(buf)
+	got, err := c.Read(buf[:])
+	if errors.Is(err, io.EOF) && got == 0 {
+		return 0, errCopied
+	}
+	if err != nil {
+		return 0, err
+	}
+	n, err = w.Write(buf[:got])
+	if n < 0 || n > got {
+		return 0, errors.New("copy: the writer says that it took more than it was given")
+	}
+	if n < got {
+		c.Unread(buf[n:got])
+		if err == nil {
+			err = io.ErrShortWrite
 		}
 	}
+	return n, err
 }

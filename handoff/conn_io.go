@@ -20,7 +20,7 @@ var past = time.Unix(1, 0)
 func (c *Conn) heldLocked() bool { return c.holds > 0 && !c.detached }
 
 // wantsOutLocked reports that Read and Write are to come back because of a move.
-func (c *Conn) wantsOutLocked() bool { return c.detached || c.moving && !c.heldLocked() }
+func (c *Conn) wantsOutLocked() bool { return c.detached || c.moving.on && !c.heldLocked() }
 
 func (c *Conn) updateLocked() error {
 	if c.dead != nil {
@@ -43,13 +43,29 @@ func (c *Conn) updateLocked() error {
 // handler holds (Hold), and ErrStopping when the worker stops; what was received and
 // not read stays for the next Read, here or in the next owner. io.EOF is the peer's
 // close_notify, ktls.ErrTruncated a FIN without it.
-func (c *Conn) Read(p []byte) (int, error) {
+func (c *Conn) Read(p []byte) (int, error) { return c.read(p, false) }
+
+// waitRead waits for what Read waits for and takes nothing.
+func (c *Conn) waitRead() error {
+	_, err := c.read(nil, true)
+	return err
+}
+
+func (c *Conn) read(p []byte, waitOnly bool) (n int, err error) {
 	for {
 		s, err := c.readable()
 		if err != nil {
 			return 0, err
 		}
-		n, err := s.Read(p)
+		c.since.Store(c.w.ticks.Load() | 1<<31)
+		if waitOnly {
+			err = s.WaitRead()
+		} else {
+			n, err = s.Read(p)
+		}
+		if c.since.Swap(0) == 0 && err == nil {
+			c.fresh()
+		}
 		if n > 0 {
 			return n, nil // an error comes again with the next Read
 		}
@@ -86,15 +102,17 @@ func (c *Conn) readable() (*ktls.Conn, error) {
 			err = ErrStopping
 		}
 		c.told = errors.Is(err, ErrMoving)
-		b, moving, held, rdl := c.barrier, c.movingCh, c.heldLocked(), c.rdl
-		c.mu.Unlock()
+		b, held, rdl := c.barrier, c.heldLocked(), c.rdl
 		if err != nil || b == nil {
+			c.mu.Unlock()
 			return s, err
 		}
+		moving, dead := c.moving.wait(), c.died.wait()
+		c.mu.Unlock()
 		if held {
 			moving = nil
 		}
-		if err := b.wait(c, moving, rdl); err != nil {
+		if err := b.wait(c, moving, dead, rdl); err != nil {
 			return nil, err
 		}
 	}

@@ -14,18 +14,21 @@ import (
 var errGroupName = fmt.Errorf("a group's name has 1 to %d bytes of UTF-8", wire.MaxGroup)
 
 func newConn(w *worker, id uint64, s *ktls.Conn) *Conn {
-	return &Conn{w: w, id: id, tls: s, deadCh: make(chan struct{}), shutDone: make(chan struct{}), movingCh: make(chan struct{})}
+	return &Conn{w: w, id: id, tls: s}
 }
 
 // freeze makes Read return ErrMoving and Write queue.
 func (c *Conn) freeze() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.moving {
-		return
+	c.tired = false // now in earnest
+	if !c.moving.on {
+		c.interruptLocked()
 	}
-	c.moving = true
-	close(c.movingCh)
+}
+
+func (c *Conn) interruptLocked() {
+	c.moving.set()
 	if !c.detached {
 		_ = c.updateLocked()
 	}
@@ -35,11 +38,14 @@ func (c *Conn) freeze() {
 func (c *Conn) thaw() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.moving {
-		return
+	if c.moving.on {
+		c.goOnLocked()
 	}
-	c.moving = false
-	c.movingCh = make(chan struct{})
+}
+
+func (c *Conn) goOnLocked() {
+	c.moving.clear()
+	c.tired = false
 	if !c.detached {
 		_ = c.updateLocked()
 		c.flushLocked()
@@ -59,10 +65,8 @@ func (c *Conn) begin(b *barrier) {
 		c.barrier = b
 	}
 	c.rdl, c.wdl = time.Time{}, time.Time{}
-	if c.moving {
-		c.moving = false
-		c.movingCh = make(chan struct{})
-	}
+	c.moving.clear()
+	c.tired = false
 	_ = c.updateLocked()
 	if c.dead == nil && c.tls.Pending() > 0 {
 		c.flushLocked()
@@ -204,13 +208,15 @@ func (c *Conn) shut(why error) {
 		<-c.shutDone
 		return
 	}
-	defer close(c.shutDone)
+	done := make(chan struct{})
+	defer close(done)
+	c.shutDone = done
 	// Interrupts the handler's Read and Write, which would be told net.ErrClosed
 	// otherwise, not why.
 	_ = c.tls.SetReadDeadline(past)
 	_ = c.tls.SetWriteDeadline(past)
 	c.dead = why
-	close(c.deadCh)
+	c.died.set()
 	s := c.tls
 	c.mu.Unlock()
 	c.leaveBarrier()

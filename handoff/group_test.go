@@ -632,10 +632,10 @@ func TestJoinGroup(t *testing.T) {
 // A member that never asks for input does not keep the others from theirs for ever.
 func TestBarrierGivesUp(t *testing.T) {
 	late := make(chan int, 1)
-	a, b := &Conn{movingCh: make(chan struct{}), deadCh: make(chan struct{})}, &Conn{}
+	a, b := &Conn{}, &Conn{}
 	bar := newBarrier([]*Conn{a, b}, 20*time.Millisecond, func(n int) { late <- n })
 	a.barrier = bar
-	if err := bar.wait(a, a.movingCh, time.Time{}); err != nil || a.barrier != nil {
+	if err := bar.wait(a, a.moving.wait(), a.died.wait(), time.Time{}); err != nil || a.barrier != nil {
 		t.Fatalf("wait: %v", err)
 	}
 	if n := <-late; n != 1 {

@@ -28,6 +28,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 
@@ -95,6 +96,8 @@ type options struct {
 	log     hclog.Logger
 	name    string
 	ready   func(context.Context) error
+
+	restAfter time.Duration
 }
 
 // Option changes how Serve works.
@@ -120,6 +123,17 @@ func WithName(name string) Option { return func(o *options) { o.name = name } }
 // WithReady runs f before the worker says that it takes sessions. An error of f ends
 // Serve.
 func WithReady(f func(context.Context) error) Option { return func(o *options) { o.ready = f } }
+
+// WithRest saves memory where most sessions are idle most of the time. When a handler
+// has waited for input in Read for d, Read returns ErrMoving, as if the session were to
+// move, and the handler returns that. It is started again, in this process, as soon as
+// there is input or the connection ended; State and Restored are as after a move. A
+// session at rest has neither a goroutine nor a buffer.
+//
+// Sessions of a group, sessions with a read deadline and handlers that hold (Hold) get
+// no rest. It is not for handlers that do other things than to answer input, because
+// nothing runs while a session rests.
+func WithRest(d time.Duration) Option { return func(o *options) { o.restAfter = d } }
 
 func newOptions(opts []Option) *options {
 	o := &options{name: filepath.Base(os.Args[0])}

@@ -555,7 +555,7 @@ func waitThawed(c *Conn) <-chan struct{} {
 		defer close(ch)
 		for {
 			c.mu.Lock()
-			m := c.moving
+			m := c.moving.on
 			c.mu.Unlock()
 			if !m {
 				return

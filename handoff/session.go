@@ -56,6 +56,8 @@ type session struct {
 	seen    wire.Epoch // the highest ever; what is not above is stale
 	phase   phase
 	conn    *Conn
+	resting bool  // its handler was asked to return for a rest, or has
+	asleep  bool  // it waits for input; see rest.go
 	kept    *kept // in phaseParked
 	group   string
 	join    *join
@@ -85,6 +87,7 @@ func (w *worker) step(s *session) {
 			w.park(s)
 		case w.stopping:
 			w.end(s, wire.ReasonOperator, nil)
+		case s.asleep || s.resting && w.sleep(s):
 		default:
 			w.start(s)
 		}
@@ -103,6 +106,7 @@ func (w *worker) step(s *session) {
 // start runs the handler.
 func (w *worker) start(s *session) {
 	ctx, cancel := context.WithCancel(w.base)
+	s.resting = false
 	b, c := s.barrier, s.conn
 	s.phase, s.frozen, s.barrier, s.cancel = phaseRunning, false, nil, cancel
 	c.begin(b)
@@ -138,7 +142,7 @@ func (w *worker) accident(c *Conn, v any) error {
 
 // returned decides what a handler's return means.
 func (w *worker) returned(s *session, err error, panicked bool) {
-	s.phase = phaseIdle
+	s.phase, s.cancel = phaseIdle, nil
 	closed, cause := s.conn.ends()
 	switch {
 	case panicked:
@@ -181,6 +185,7 @@ func (w *worker) park(s *session) {
 		w.giveUp(s)
 		return
 	}
+	w.awake(s)
 	s.phase = phaseParking
 	go func() {
 		k, err := s.conn.detach()
@@ -255,6 +260,7 @@ func (w *worker) unpark(s *session) {
 
 // end closes a running or idle session.
 func (w *worker) end(s *session, reason wire.Reason, err error) {
+	w.awake(s)
 	s.phase = phaseClosing
 	w.leave(s)
 	if s.cancel != nil {
@@ -322,6 +328,10 @@ func (w *worker) stop(d time.Duration) {
 	w.stopping, w.deadline = true, time.Now().Add(d)
 	w.cancel()
 	for _, s := range w.sessions {
+		if s.asleep { // for a last word
+			w.awake(s)
+			w.start(s)
+		}
 		if s.phase == phaseRunning {
 			s.conn.stop()
 		}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -33,11 +34,14 @@ type worker struct {
 	out     *outbox
 	done    chan struct{} // closed when the loop has ended
 
+	ticks atomic.Uint32 // of the clock by which sessions get a rest
+
 	base   context.Context // of all handlers
 	cancel context.CancelFunc
 
 	// What follows belongs to the loop.
 	welcome  *wire.Welcome
+	rest     *rest // nil: sessions get none
 	sessions map[uint64]*session
 	tombs    map[uint64]wire.Closed
 	batches  map[string]*batch
@@ -189,6 +193,8 @@ func (w *worker) loop(ctx context.Context, msgs <-chan *wire.Message, sig <-chan
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	timer.Stop()
+	restTick, endRest := w.startRest()
+	defer endRest()
 	for !w.finished() {
 		select {
 		case <-w.in.signal:
@@ -205,6 +211,8 @@ func (w *worker) loop(ctx context.Context, msgs <-chan *wire.Message, sig <-chan
 		case <-ended:
 			ended = nil
 			w.stop(stopTime)
+		case <-restTick:
+			w.restIdle()
 		case <-timer.C:
 			w.stopNow()
 		}

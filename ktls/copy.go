@@ -187,41 +187,55 @@ func (c *Conn) readFrom(r io.Reader) (sent int64, err error) {
 // splice(2) fails for ever at a control record. What w did not take can be read
 // again.
 func (c *Conn) WriteTo(w io.Writer) (written int64, err error) {
-	b := getBuffer(smallBuf)
-	defer func() { putBuffer(b) }()
+	size := smallBuf
 	for {
-		n, rerr := c.Read(b.b)
-		if n > 0 {
-			k, err := w.Write(b.b[:n])
-			k = max(0, min(k, n))
-			written += int64(k)
-			if k < n {
-				c.Unread(b.b[k:n])
-				if err == nil {
-					err = io.ErrShortWrite
-				}
-			}
-			if err != nil {
-				return written, err
-			}
+		// A copy that waits for a quiet peer holds no buffer.
+		if err := c.WaitRead(); err != nil {
+			return written, err
 		}
-		if rerr != nil {
-			if rerr == io.EOF { //nolint:errorlint // Read's own
-				rerr = nil
+		n, k, err := c.copyOnce(w, size)
+		written += int64(k)
+		if err != nil {
+			if err == io.EOF && n == 0 { //nolint:errorlint // Read's own
+				err = nil
 			}
-			return written, rerr
+			return written, err
 		}
-		b = fitting(b, n)
+		size = pace(n)
 	}
+}
+
+// copyOnce gives w what one Read into a buffer of a size reads: n bytes, of which w
+// took k.
+func (c *Conn) copyOnce(w io.Writer, size int) (n, k int, err error) {
+	b := getBuffer(size)
+	defer putBuffer(b)
+	if n, err = c.Read(b.b); n == 0 || err != nil {
+		return 0, 0, err
+	}
+	k, err = w.Write(b.b[:n])
+	k = max(0, min(k, n))
+	if k < n {
+		c.Unread(b.b[k:n])
+		if err == nil {
+			err = io.ErrShortWrite
+		}
+	}
+	return n, k, err
+}
+
+// pace is the size of a copy's next buffer when the last read gave n bytes.
+func pace(n int) int {
+	if n >= smallBuf {
+		return bigBuf
+	}
+	return smallBuf
 }
 
 // fitting exchanges a copy's buffer for one that fits its pace, n bytes at the last
 // read: a copy that waits for a quiet peer holds the small one.
 func fitting(b *buffer, n int) *buffer {
-	want := smallBuf
-	if n >= smallBuf {
-		want = bigBuf
-	}
+	want := pace(n)
 	if len(b.b) == want {
 		return b
 	}

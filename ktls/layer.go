@@ -22,7 +22,7 @@ type control struct {
 // KeyUpdate, close_notify, truncation, limits, floods. So the two layers behave
 // alike, and a layer never decides what a record means.
 //
-// Conn calls the reading methods (read, buffered, rekeyRead) under its read lock
+// Conn calls the reading methods (read, waitRead, buffered, rekeyRead) under its read lock
 // and the writing ones (write, writeControl, flush, unsent, rekeyWrite) under its
 // write lock; the two groups run concurrently. export and wipe are called under
 // both. Waiting happens in Go's poller only, on the socket's deadlines.
@@ -40,6 +40,10 @@ type recordLayer interface {
 	// too large, ...) is final and names the alert that Conn sends. Any other error
 	// is the socket's.
 	read(p []byte) (n int, ctl control, err error)
+
+	// waitRead waits until read need not wait, or nearly so, without taking anything.
+	// Errors other than the deadline's come from read.
+	waitRead() error
 
 	// buffered is the number of plaintext bytes opened and not yet given by read.
 	buffered() int

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/handoff"
 )
@@ -19,7 +20,7 @@ func echo(_ context.Context, c *handoff.Conn) error {
 }
 
 func main() {
-	if err := handoff.Serve(context.Background(), handoff.HandlerFunc(echo)); err != nil {
+	if err := handoff.Serve(context.Background(), handoff.HandlerFunc(echo), handoff.WithRest(time.Second)); err != nil {
 		fmt.Fprintln(os.Stderr, "echo:", err)
 		os.Exit(1)
 	}

@@ -1,0 +1,72 @@
+package ktls
+
+import (
+	"errors"
+	"net"
+	"os"
+	"syscall"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+)
+
+// WaitRead waits until the next Read would most likely not have to wait, and takes
+// nothing: so a program with many idle sessions need not hold a buffer for each. The
+// end of the session and its errors are left to Read; WaitRead itself fails with
+// os.ErrDeadlineExceeded (the read deadline) and net.ErrClosed only.
+//
+// A record of which only a part has arrived may end the wait in the software layer.
+func (c *Conn) WaitRead() error {
+	c.rmu.Lock()
+	defer c.rmu.Unlock()
+	if c.closed.Load() {
+		return net.ErrClosed
+	}
+	if len(c.unread) > 0 || c.readEnd() != nil {
+		return nil
+	}
+	c.settle()
+	err := c.layer.waitRead()
+	switch {
+	case c.closed.Load():
+		return net.ErrClosed
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return os.ErrDeadlineExceeded
+	}
+	return nil
+}
+
+// Trim gives back memory that the session can do without until its next byte: keys in
+// the form in which they are used are made again then. It does nothing while a Read or
+// a Write is in progress.
+func (c *Conn) Trim() {
+	if !c.rmu.TryLock() {
+		return
+	}
+	defer c.rmu.Unlock()
+	if !c.wmu.TryLock() {
+		return
+	}
+	defer c.unlockWrite()
+	if l, ok := c.layer.(*softLayer); ok && !c.closed.Load() {
+		l.rx.aead, l.tx.aead = nil, nil
+	}
+}
+
+func (l *softLayer) waitRead() error {
+	if len(l.rx.plain) > 0 {
+		return nil
+	}
+	if rec, err := l.rx.whole(); rec != nil || err != nil {
+		return nil
+	}
+	return readable(l.rc)
+}
+
+func (l *kernelLayer) waitRead() error {
+	if l.readFailed.Load() != nil {
+		return nil
+	}
+	return readable(l.rc)
+}
+
+func readable(rc syscall.RawConn) error { return rc.Read(sys.HasInput) }
