@@ -109,11 +109,13 @@ func (w *worker) startPause(s *session) {
 	if !s.pause || !s.attached() {
 		return
 	}
-	s.pause = false
 	if s.pausing {
-		return // PAUSED was or will be said, to a new supervisor after its INVENTORY
+		if paused, _ := s.conn.session().Pausing(); paused {
+			w.sayRekey(wire.TypePaused, s, nil)
+		}
+		return
 	}
-	s.pausing = true
+	s.pause, s.pausing = false, true
 	t := s.conn.session()
 	go func() {
 		err := t.Pause()
@@ -133,7 +135,7 @@ func (w *worker) startPause(s *session) {
 
 func (w *worker) sendUpdate(s *session, r wire.Rekey) {
 	if !s.pausing || !s.attached() {
-		w.sayRekey(wire.TypeSent, s, errors.New("the session is in no pause"))
+		w.stale("SEND", r.Ref)
 		return
 	}
 	request, ok := ktls.KeyUpdateRequest(r.Record)

@@ -228,8 +228,8 @@ func (c *Conn) handleMessage(typ byte, body []byte) error {
 	case msgKeyUpdate:
 		return c.handleKeyUpdate(body[0])
 	case msgNewSessionTicket:
-		if alert, what := checkTicket(body); what != "" {
-			return c.fail(alert, what)
+		if bad := checkTicket(body); bad != nil {
+			return c.fail(bad.alert, bad.what)
 		}
 		c.storeTicket(body)
 		return nil
@@ -288,42 +288,6 @@ func (c *Conn) answerSoon() {
 		c.answering.Store(false)
 		c.settle()
 	})
-}
-
-// checkTicket checks the form of a NewSessionTicket (RFC 8446 section 4.6.1). what is
-// "" when it is good.
-func checkTicket(b []byte) (alert Alert, what string) {
-	const bad = "malformed NewSessionTicket"
-	if len(b) < 9 {
-		return alertDecodeError, bad
-	}
-	b = b[8:] // ticket_lifetime, ticket_age_add
-	nonce := int(b[0])
-	if len(b) < 1+nonce+2 {
-		return alertDecodeError, bad
-	}
-	b = b[1+nonce:]
-	ticket := int(binary.BigEndian.Uint16(b))
-	if ticket == 0 || len(b) < 2+ticket+2 {
-		return alertDecodeError, bad
-	}
-	b = b[2+ticket:]
-	if int(binary.BigEndian.Uint16(b)) != len(b)-2 {
-		return alertDecodeError, bad
-	}
-	seen := map[uint16]bool{}
-	for b = b[2:]; len(b) > 0; {
-		if len(b) < 4 || len(b)-4 < int(binary.BigEndian.Uint16(b[2:])) {
-			return alertDecodeError, bad
-		}
-		id := binary.BigEndian.Uint16(b)
-		if seen[id] { // section 4.2
-			return alertIllegalParameter, fmt.Sprintf("NewSessionTicket with extension %d twice", id)
-		}
-		seen[id] = true
-		b = b[4+int(binary.BigEndian.Uint16(b[2:])):]
-	}
-	return 0, ""
 }
 
 // payOwed sends the control records that the reading side asked for. The caller

@@ -207,7 +207,7 @@ func TestMalformedTickets(t *testing.T) {
 			"more than it says":   {head + ticket + "\x00\x00\x00", alertDecodeError},
 			"half an extension":   {head + ticket + "\x00\x03\x00\x2a\x00", alertDecodeError},
 			"extension too long":  {head + ticket + "\x00\x04\x00\x2a\x00\x01", alertDecodeError},
-			"an extension, again": {head + ticket + "\x00\x0c\x00\x2a\x00\x00\xff\x01\x00\x00\x00\x2a\x00\x00", alertIllegalParameter},
+			"an extension, again": {head + ticket + "\x00\x0c\x2a\x2a\x00\x00\xff\x01\x00\x00\x2a\x2a\x00\x00", alertIllegalParameter},
 		} {
 			t.Run(name, func(t *testing.T) {
 				s := newScriptedRole(t, layer, v13, gcm, true)
@@ -220,7 +220,7 @@ func TestMalformedTickets(t *testing.T) {
 			})
 		}
 		s := newScriptedRole(t, layer, v13, gcm, true)
-		body := head + ticket + "\x00\x08\x00\x2a\x00\x00\xff\x01\x00\x00"
+		body := head + ticket + "\x00\x08\x2a\x2a\x00\x00\xff\x01\x00\x00"
 		s.send(typeHandshake, append([]byte{msgNewSessionTicket, 0, 0, byte(len(body))}, body...))
 		s.send(typeData, []byte("fine"))
 		s.wantRead("fine")

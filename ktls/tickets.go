@@ -6,6 +6,8 @@ import (
 	"net"
 	"slices"
 	"time"
+
+	"golang.org/x/crypto/cryptobyte"
 )
 
 // Session tickets in the client role. In TLS 1.3 they come after the handshake, as
@@ -123,3 +125,58 @@ func (c *Conn) dropTickets() {
 	c.tickets.wipe()
 	c.tickets = nil
 }
+
+// Extensions of a NewSessionTicket that are looked at.
+const (
+	extEarlyData = 42
+	extTLSFlags  = 62 // draft-ietf-tls-tlsflags
+)
+
+// checkTicket checks the form of a NewSessionTicket (RFC 8446 sections 4.2 and 4.6.1),
+// stored or not.
+func checkTicket(b []byte) *recordError {
+	malformed := &recordError{alertDecodeError, "malformed NewSessionTicket"}
+	var (
+		lifetime, ageAdd          uint32
+		nonce, ticket, extensions cryptobyte.String
+	)
+	s := cryptobyte.String(b)
+	if !s.ReadUint32(&lifetime) || !s.ReadUint32(&ageAdd) || !s.ReadUint8LengthPrefixed(&nonce) ||
+		!s.ReadUint16LengthPrefixed(&ticket) || len(ticket) == 0 ||
+		!s.ReadUint16LengthPrefixed(&extensions) || !s.Empty() {
+		return malformed
+	}
+	var seen []uint16
+	for !extensions.Empty() {
+		var typ uint16
+		var data cryptobyte.String
+		if !extensions.ReadUint16(&typ) || !extensions.ReadUint16LengthPrefixed(&data) {
+			return malformed
+		}
+		if slices.Contains(seen, typ) {
+			return &recordError{alertIllegalParameter, "NewSessionTicket with an extension twice"}
+		}
+		if len(seen) >= maxTicketExtensions {
+			return malformed
+		}
+		seen = append(seen, typ)
+		switch typ {
+		case extEarlyData:
+			if len(data) != 4 {
+				return malformed
+			}
+		case extTLSFlags:
+			var flags cryptobyte.String
+			if !data.ReadUint8LengthPrefixed(&flags) || len(flags) == 0 || !data.Empty() {
+				return malformed
+			}
+			if flags[len(flags)-1] == 0 {
+				return &recordError{alertIllegalParameter, "NewSessionTicket with flags that are not minimal"}
+			}
+		}
+	}
+	return nil
+}
+
+// maxTicketExtensions bounds the search for one that comes twice.
+const maxTicketExtensions = 64
