@@ -109,13 +109,11 @@ func (w *worker) startPause(s *session) {
 	if !s.pause || !s.attached() {
 		return
 	}
+	s.pause = false
 	if s.pausing {
-		if paused, _ := s.conn.session().Pausing(); paused {
-			w.sayRekey(wire.TypePaused, s, nil)
-		}
-		return
+		return // PAUSED was or will be said, to a new supervisor after its INVENTORY
 	}
-	s.pause, s.pausing = false, true
+	s.pausing = true
 	t := s.conn.session()
 	go func() {
 		err := t.Pause()
@@ -135,7 +133,7 @@ func (w *worker) startPause(s *session) {
 
 func (w *worker) sendUpdate(s *session, r wire.Rekey) {
 	if !s.pausing || !s.attached() {
-		w.stale("SEND", r.Ref)
+		w.sayRekey(wire.TypeSent, s, errors.New("the session is in no pause"))
 		return
 	}
 	request, ok := ktls.KeyUpdateRequest(r.Record)

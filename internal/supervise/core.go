@@ -19,6 +19,7 @@ import (
 
 	"github.com/ktlsvisor/ktlsvisor/internal/admin"
 	"github.com/ktlsvisor/ktlsvisor/internal/config"
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
 
@@ -58,8 +59,10 @@ type Supervisor struct {
 	owing        map[uint64]*session // that owe their peer a KeyUpdate
 	keyOps       int                 // goroutines that read or set keys
 	groupMoves   map[*groupMove]struct{}
-	quiescing    bool // a successor is about to start: begin nothing new
-	holding      bool // nothing is under way, and nothing begins
+	trim         sys.Trim  // memory, after handshakes and moves
+	trimAt       time.Time // next look
+	quiescing    bool      // a successor is about to start: begin nothing new
+	holding      bool      // nothing is under way, and nothing begins
 	stopping     bool
 	idle         []func() // called when nothing is under way
 	unanswered   []func() // questions that came while quiescing
@@ -189,6 +192,10 @@ func (s *Supervisor) isIdle() bool {
 }
 
 func (s *Supervisor) onTick(now time.Time) {
+	if now.After(s.trimAt) {
+		s.trim.Tick()
+		s.trimAt = now.Add(time.Second)
+	}
 	for a := range s.attempts {
 		if now.After(a.deadline) {
 			s.attemptTimedOut(a)

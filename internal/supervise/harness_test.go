@@ -125,6 +125,7 @@ type unit struct {
 	led   int
 	pool  *pool
 	peers map[uint64]net.Conn // the clients' ends, by session
+	keys  keySetter           // the kernel's keys, for supervisors that can change them
 }
 
 // fake is a worker: a real process, which only sleeps, and the other end of its
@@ -174,6 +175,9 @@ func (u *unit) start(led *ledger, incarnation uint32) {
 	s.cfg = &config.Config{MaxSessions: led.slots, Pools: []config.Pool{pc}}
 	u.pool = &pool{name: "p", cfg: pc, serving: 1, newest: 1, workers: map[uint64]*worker{}, parked: map[uint64]*session{}}
 	s.pools["p"] = u.pool
+	if u.keys != nil {
+		s.keys, s.kernel.Rekey = u.keys, true
+	}
 	s.front = newFront(log, s.admit, func(counter) {})
 	u.s = s
 }
@@ -308,6 +312,11 @@ func (u *unit) until(cond func() bool) {
 // session admits a session and returns its id; it is given to whichever worker.
 func (u *unit) session(software bool) uint64 {
 	u.t.Helper()
+	return u.sessionWith(func(a *admission) { a.software = software })
+}
+
+func (u *unit) sessionWith(change func(*admission)) uint64 {
+	u.t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		u.t.Fatal(err)
@@ -330,8 +339,9 @@ func (u *unit) session(software bool) uint64 {
 		u.t.Fatal(err)
 	}
 	_, _ = f.Close(), c.Close()
-	a := &admission{fd: fd, software: software, facts: facts{Pool: "p", Peer: "test", Facts: []byte("facts")},
+	a := &admission{fd: fd, facts: facts{Pool: "p", Peer: "test", Facts: []byte("facts")},
 		record: record{Record: []byte("initial record state")}}
+	change(a)
 	var id uint64
 	u.s.call(func() {
 		u.s.admitSession(a)

@@ -344,6 +344,7 @@ func (s *Supervisor) onPaused(ss *session, m *wire.Rekey) {
 		case err == nil && k.next != nil && !next && seq == k.seq:
 			// A supervisor before this one came as far as this; its SEND was not carried out.
 		case err == nil && k.next != nil && (next || seq == k.seq+1):
+			r.asked = ss.owes
 			s.setSendingKey(ss)
 			return
 		default:
@@ -425,6 +426,10 @@ func (s *Supervisor) setSendingKey(ss *session) {
 		forget(c)
 		s.continueWriting(ss, nil)
 		return
+	}
+	if r.stage == stageNone || r.stage == stagePausing {
+		// A supervisor before this one had it sent; what is owed since, the owner tells.
+		r.asked = ss.owes
 	}
 	r.stage = stageSent
 	s.onSocket(ss, func(fd int) error {
@@ -518,6 +523,7 @@ func (s *Supervisor) parkedKeys(ss *session) error {
 // then calls done. The socket says how far a change of keys came; on any doubt the
 // session is lost.
 func (s *Supervisor) settleKeys(ss *session, done func()) {
+	again := false
 	if r := ss.rekey; r != nil {
 		if r.ops > 0 {
 			r.settled = func() { s.settleKeys(ss, done) }
@@ -526,7 +532,7 @@ func (s *Supervisor) settleKeys(ss *session, done func()) {
 		for _, f := range r.waiters {
 			f(errors.New("its worker died"))
 		}
-		ss.rekey = nil
+		again, ss.rekey = r.again, nil
 	}
 	rx, tx := s.led.keys(ss.slot, ktls.Receiving), s.led.keys(ss.slot, ktls.Sending)
 	defer rx.wipe()
@@ -575,7 +581,7 @@ func (s *Supervisor) settleKeys(ss *session, done func()) {
 				s.led.abort(ss.slot, ktls.Sending, k.gen)
 				return
 			}
-			ss.change().asked = ss.owes
+			ss.change().asked, ss.change().again = ss.owes, again
 			s.sentKeySet(ss, k.gen)
 		})
 	}
@@ -594,7 +600,7 @@ func (s *Supervisor) settleKeys(ss *session, done func()) {
 		for _, f := range then {
 			f()
 		}
-		ss.change().asked = 0
+		ss.rekey = &rekeying{}
 		done()
 	})
 }

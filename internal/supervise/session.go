@@ -93,6 +93,7 @@ func (ss *session) slotEntry() entry {
 }
 
 func (s *Supervisor) nextEpoch() wire.Epoch {
+	s.trim.Did(1) // a handshake, or a move
 	s.epochs++
 	return wire.NewEpoch(s.incarnation, s.epochs)
 }
