@@ -85,7 +85,7 @@ func newFacts(id []byte, cs *tls.ConnectionState, client bool, local, remote net
 		Curve: uint16(cs.CurveID), ECH: cs.ECHAccepted, HRR: cs.HelloRetryRequest,
 		SCTs: cs.SignedCertificateTimestamps, OCSP: cs.OCSPResponse,
 		TLSUnique: cs.TLSUnique, //nolint:staticcheck // TLS 1.2 channel binding, passed on as it is
-		Local:     local.String(), Remote: remote.String(),
+		Local:     addrString(local), Remote: addrString(remote),
 	}
 	index := func(list []*x509.Certificate) []int {
 		var out []int
@@ -105,6 +105,16 @@ func newFacts(id []byte, cs *tls.ConnectionState, client bool, local, remote net
 		f.Chains = append(f.Chains, index(chain))
 	}
 	return f
+}
+
+// addrString is a.String(), which takes longer for the addresses of sockets.
+func addrString(a net.Addr) string {
+	t, ok := a.(*net.TCPAddr)
+	if !ok || t == nil {
+		return a.String()
+	}
+	ap := t.AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port()).String()
 }
 
 // connectionState builds a new value each time, which the caller may modify.
@@ -171,6 +181,9 @@ func (f *facts) checkMovable() error {
 	if !utf8.ValidString(f.ServerName) || !utf8.ValidString(f.Protocol) {
 		return errors.New("the names that were negotiated are not valid text")
 	}
+	if f.roughSize() <= maxFacts {
+		return nil // without encoding it only to see how long that is
+	}
 	b, err := cbor.Marshal(f)
 	if err != nil {
 		return err
@@ -179,6 +192,23 @@ func (f *facts) checkMovable() error {
 		return fmt.Errorf("%d bytes, the limit is %d", len(b), maxFacts)
 	}
 	return nil
+}
+
+// roughSize is more than the length of the encoding.
+func (f *facts) roughSize() int {
+	const entry = 16 // a length or a number, with its key
+	n := len(f.ID) + len(f.Reason) + len(f.ServerName) + len(f.Protocol) + len(f.OCSP) + len(f.TLSUnique) +
+		len(f.Local) + len(f.Remote) + 32*entry
+	for _, list := range [][][]byte{f.Certs, f.SCTs} {
+		for _, b := range list {
+			n += len(b) + entry
+		}
+	}
+	n += len(f.Peer) * entry
+	for _, idx := range f.Chains {
+		n += (len(idx) + 1) * entry
+	}
+	return n
 }
 
 // decodeFacts reads facts from another process and checks all of it.

@@ -103,21 +103,21 @@ func FuzzWire(f *testing.F) {
 		w := &wire{Conn: in, client: client}
 		var got []byte
 		buf := make([]byte, int(size)+1)
-		boundary := 0 // where the record ends that got is in
+		end := 0 // of the record that got is in
 		for {
-			if len(got) == boundary {
-				boundary += recordHeaderLen
+			if len(got) == end {
+				end = recordEnd(stream, end)
 			}
 			n, err := w.Read(buf)
 			got = append(got, buf[:n]...)
-			if len(got) == boundary && boundary >= recordHeaderLen && boundary <= len(stream) {
-				boundary += atHeader(stream, boundary)
+			if in.read != len(got)+len(w.ahead) {
+				t.Fatalf("took %d bytes off the connection, gave %d and has %d", in.read, len(got), len(w.ahead))
 			}
-			if in.read != len(got) {
-				t.Fatalf("took %d bytes off the connection and gave %d", in.read, len(got))
+			if client && in.read > end+w.least(false) {
+				t.Fatalf("took %d bytes off the connection in a record that ends at %d", in.read, end)
 			}
-			if len(got) > boundary {
-				t.Fatalf("gave %d bytes, the record ends at %d", len(got), boundary)
+			if len(got) > end {
+				t.Fatalf("gave %d bytes, the record ends at %d", len(got), end)
 			}
 			if err != nil {
 				break
@@ -130,18 +130,12 @@ func FuzzWire(f *testing.F) {
 	})
 }
 
-// atHeader is the length of the body that follows the header which ends at end,
-// or 0 when end is not the end of a header.
-func atHeader(stream []byte, end int) int {
-	pos := 0
-	for pos+recordHeaderLen <= len(stream) {
-		n := int(stream[pos+3])<<8 | int(stream[pos+4])
-		if pos+recordHeaderLen == end {
-			return n
-		}
-		pos += recordHeaderLen + n
+// recordEnd is where the record ends that begins at pos, or where the stream does.
+func recordEnd(stream []byte, pos int) int {
+	if pos+recordHeaderLen > len(stream) {
+		return len(stream)
 	}
-	return 0
+	return min(len(stream), pos+recordHeaderLen+int(stream[pos+3])<<8+int(stream[pos+4]))
 }
 
 // countingConn counts the bytes that were taken.

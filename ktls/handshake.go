@@ -79,6 +79,9 @@ func handshake(ctx context.Context, c *net.TCPConn, cfg *Config, client bool, st
 		return nil, err
 	}
 	stage = StageOffload
+	if len(w.ahead) > 0 {
+		return nil, errReadPast // cannot be, and would lose what the peer sent
+	}
 	// From here on tc does not touch the connection: its Close would seal an alert with
 	// a sequence number that is ours.
 	cs := tc.ConnectionState()
@@ -211,9 +214,9 @@ func (w *wire) directions(p params) (tx, rx direction, err error) {
 	return server, client, nil
 }
 
-// directions12 also opens both Finished messages: that proves the keys, counts the
-// records, and finds a handshake message that came in the same record as the
-// peer's Finished, which crypto/tls would have lost.
+// directions12 also measures both Finished messages: that counts the records, and
+// finds a handshake message that came in the same record as the peer's Finished,
+// which crypto/tls would have lost.
 func (w *wire) directions12(suite *suiteInfo) (tx, rx direction, err error) {
 	if w.master == nil || !w.hello.done() {
 		return tx, rx, errors.New("crypto/tls logged no master secret: a resumed TLS 1.2 session")
@@ -223,11 +226,12 @@ func (w *wire) directions12(suite *suiteInfo) (tx, rx direction, err error) {
 	if w.client {
 		tx, rx = client, server
 	}
-	if err := countFinished(suite, &tx, w.out.recs); err != nil {
-		return tx, rx, fmt.Errorf("our own Finished: %w", err)
+	tx.seq, rx.seq = uint64(w.out.recs), uint64(w.in.recs)
+	if !w.out.onlyFinished(suite) {
+		return tx, rx, fmt.Errorf("our own Finished: %w", errFinished)
 	}
-	if err := countFinished(suite, &rx, w.in.recs); err != nil {
-		return tx, rx, err
+	if !w.in.onlyFinished(suite) {
+		return tx, rx, errFinished
 	}
 	return tx, rx, w.err
 }
@@ -235,30 +239,9 @@ func (w *wire) directions12(suite *suiteInfo) (tx, rx direction, err error) {
 // finishedLen12 is a Finished message of TLS 1.2 (RFC 5246 section 7.4.9).
 const finishedLen12 = 4 + 12
 
-// countFinished moves d behind the records of a Finished message.
-func countFinished(suite *suiteInfo, d *direction, recs [][]byte) error {
-	if softwareWorks() != nil {
-		// fips140=only cannot open them; one record is what everybody sends.
-		d.seq = uint64(len(recs))
-		return nil
-	}
-	h := half{suite: suite, dir: *d}
-	total := 0
-	for _, rec := range recs {
-		typ, plain, err := h.open(rec, nil)
-		if err != nil {
-			return err
-		}
-		if typ != typeHandshake {
-			return errFinished
-		}
-		total += len(plain)
-	}
-	d.seq = h.dir.seq
-	if total != finishedLen12 {
-		return errFinished
-	}
-	return nil
+func (a *afterCCS) onlyFinished(suite *suiteInfo) bool {
+	h := half{suite: suite}
+	return !a.other && a.size-a.recs*h.sealedLen(0) == finishedLen12
 }
 
 // refuse ends a session whose handshake went further than it should have.

@@ -3,7 +3,6 @@ package ktls
 import (
 	"crypto/aes"
 	"crypto/cipher"
-	"crypto/hkdf"
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/sha512"
@@ -55,12 +54,20 @@ var suites = [...]suiteInfo{
 
 // lookupSuite finds a suite of a version, or gives ErrUnsupportedSuite.
 func lookupSuite(version, id uint16) (*suiteInfo, error) {
-	for i := range suites {
-		if s := &suites[i]; s.id == id && s.version == version {
-			return s, nil
-		}
+	if s := findSuite(id); s != nil && s.version == version {
+		return s, nil
 	}
 	return nil, fmt.Errorf("%s with %s: %w", tls.VersionName(version), tls.CipherSuiteName(id), ErrUnsupportedSuite)
+}
+
+// findSuite is nil for a suite we do not have. None is of two versions.
+func findSuite(id uint16) *suiteInfo {
+	for i := range suites {
+		if suites[i].id == id {
+			return &suites[i]
+		}
+	}
+	return nil
 }
 
 // suites12 are the ids offered for TLS 1.2, restricted to allowed when that is
@@ -119,14 +126,20 @@ var softwareWorks = sync.OnceValue(func() error {
 	return err
 })
 
-// expandLabel is HKDF-Expand-Label with an empty context (RFC 8446 section 7.1).
-func (s *suiteInfo) expandLabel(secret []byte, label string, n int) ([]byte, error) {
-	info := make([]byte, 0, 32)
-	info = append(info, byte(n>>8), byte(n), byte(len("tls13 ")+len(label)))
+// expandLabel is HKDF-Expand-Label with an empty context (RFC 8446 section 7.1) from
+// the secret that mac is keyed with, for at most the hash's length: that is one step
+// of HKDF-Expand (RFC 5869 section 2.3).
+func expandLabel(mac hash.Hash, label string, n int) []byte {
+	var buf [32]byte
+	info := append(buf[:0], byte(n>>8), byte(n), byte(len("tls13 ")+len(label)))
 	info = append(info, "tls13 "...)
 	info = append(info, label...)
-	info = append(info, 0)
-	return hkdf.Expand(s.hash, secret, string(info), n)
+	info = append(info, 0, 1)
+	mac.Reset()
+	mac.Write(info)
+	out := mac.Sum(nil)
+	clear(out[n:])
+	return out[:n:n]
 }
 
 // direction13 derives a direction from a TLS 1.3 traffic secret, which it takes
@@ -135,15 +148,8 @@ func (s *suiteInfo) direction13(secret []byte, seq uint64) (direction, error) {
 	if len(secret) != s.hashLen {
 		return direction{}, fmt.Errorf("traffic secret of %d bytes, %d expected", len(secret), s.hashLen)
 	}
-	key, err := s.expandLabel(secret, "key", s.keyLen)
-	if err != nil {
-		return direction{}, err
-	}
-	iv, err := s.expandLabel(secret, "iv", nonceLen)
-	if err != nil {
-		return direction{}, err
-	}
-	return direction{secret: secret, key: key, iv: iv, seq: seq}, nil
+	mac := hmac.New(s.hash, secret)
+	return direction{secret: secret, key: expandLabel(mac, "key", s.keyLen), iv: expandLabel(mac, "iv", nonceLen), seq: seq}, nil
 }
 
 // next is the following generation of a TLS 1.3 direction (RFC 8446 section 7.2).
@@ -151,11 +157,7 @@ func (s *suiteInfo) next(d *direction) (direction, error) {
 	if s.version != tls.VersionTLS13 {
 		return direction{}, errors.New("TLS 1.2 keys have no next generation")
 	}
-	secret, err := s.expandLabel(d.secret, "traffic upd", s.hashLen)
-	if err != nil {
-		return direction{}, err
-	}
-	return s.direction13(secret, 0)
+	return s.direction13(expandLabel(hmac.New(s.hash, d.secret), "traffic upd", s.hashLen), 0)
 }
 
 // directions12 derives both directions of a TLS 1.2 session from its master

@@ -1,6 +1,7 @@
 package ktls
 
 import (
+	"bytes"
 	"crypto/tls"
 	"encoding/binary"
 	"encoding/hex"
@@ -8,12 +9,12 @@ import (
 	"io"
 	"net"
 	"slices"
-	"strings"
 )
 
 // wire is the connection as crypto/tls sees it during the handshake. It gives no
 // byte past the record that was asked for, so that nothing of the session after
-// the handshake is lost in a dropped tls.Conn, and watches the records that go by
+// the handshake is lost in a dropped tls.Conn, takes none off the socket (see
+// readAhead), and watches the records that go by
 // for what the public API of crypto/tls does not tell: the server's random, and
 // how many records each side sent under the session's keys.
 //
@@ -23,10 +24,11 @@ type wire struct {
 	net.Conn
 	client bool
 
+	readAhead
 	hdr  [recordHeaderLen]byte // of the record being read
 	hdrN int
 	left int  // bytes of its body still to come
-	keep bool // it matters, so all of it goes to body
+	keep bool // it may be the ServerHello, so all of it goes to body
 	body []byte
 
 	started bool // a first record header was read
@@ -50,50 +52,58 @@ type wire struct {
 	keyLog io.Writer // the user's own
 }
 
-// afterCCS keeps the records of one direction after its ChangeCipherSpec in TLS
-// 1.2: the Finished, and nothing else if both sides behave.
+// afterCCS measures the records of one direction after its ChangeCipherSpec in TLS
+// 1.2: the Finished, and nothing else if both sides behave. The AEADs of TLS 1.2 do
+// not hide lengths, so that there is no need to open anything.
 type afterCCS struct {
-	ccs  bool
-	recs [][]byte
-	size int
+	ccs   bool
+	recs  int
+	size  int  // of all records with their headers
+	other bool // one was no handshake record
 }
-
-// maxFinished bounds what is kept of a peer that cuts its Finished into pieces.
-const maxFinished = 2 * (recordHeaderLen + maxCiphertext12)
 
 var errFinished = errors.New("more than a Finished message after ChangeCipherSpec")
 
-func (a *afterCCS) add(rec []byte) error {
-	if a.size += len(rec); a.size > maxFinished || len(a.recs) >= 64 {
-		return errFinished
-	}
-	a.recs = append(a.recs, slices.Clone(rec))
-	return nil
+func (a *afterCCS) add(typ recordType, size int) {
+	a.recs++
+	a.size += size
+	a.other = a.other || typ != typeHandshake
 }
 
 // NetConn returns the TCP connection, for callbacks that look for it.
 func (w *wire) NetConn() net.Conn { return w.Conn }
 
+// Read gives bytes up to the end of a record and not beyond, whatever was received.
 func (w *wire) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	if w.hdrN < recordHeaderLen {
-		n, err := w.Conn.Read(p[:min(len(p), recordHeaderLen-w.hdrN)])
-		w.hdrN += copy(w.hdr[w.hdrN:], p[:n])
-		if w.hdrN == recordHeaderLen {
-			w.header()
+	if len(w.ahead) == 0 {
+		if err := w.receive(); err != nil {
+			return 0, err
 		}
-		return n, err
 	}
-	n, err := w.Conn.Read(p[:min(len(p), w.left)])
-	if w.keep {
-		w.body = append(w.body, p[:n]...)
+	n := 0
+	if w.hdrN < recordHeaderLen {
+		n = copy(p[:min(len(p), recordHeaderLen-w.hdrN)], w.ahead)
+		copy(w.hdr[w.hdrN:], p[:n])
+		w.ahead = w.ahead[n:]
+		if w.hdrN += n; w.hdrN == recordHeaderLen {
+			w.header() // of a record that may be empty
+		}
 	}
-	if w.left -= n; w.left == 0 {
-		w.endRecord()
+	if w.hdrN == recordHeaderLen {
+		k := copy(p[n:min(len(p), n+w.left)], w.ahead)
+		if w.keep {
+			w.body = append(w.body, p[n:n+k]...)
+		}
+		n, w.ahead = n+k, w.ahead[k:]
+		if w.left -= k; w.left == 0 {
+			w.endRecord()
+		}
 	}
-	return n, err
+	w.releaseAhead()
+	return n, nil
 }
 
 func (w *wire) header() {
@@ -104,12 +114,13 @@ func (w *wire) header() {
 		w.notTLS = typ != typeHandshake && typ != typeAlert || w.hdr[1] != 3
 	}
 	w.left = int(binary.BigEndian.Uint16(w.hdr[3:]))
-	// A ServerHello matters, and what follows ChangeCipherSpec in TLS 1.2.
-	w.keep = !w.is13 && (w.in.ccs || w.client && !w.hello.done())
-	w.body = w.body[:0]
-	if w.keep {
-		w.body = append(w.body, w.hdr[:]...)
+	w.answered = false
+	w.protected = w.protected || recordType(w.hdr[0]) == typeData || !w.is13 && w.in.ccs
+	if !w.is13 && w.in.ccs {
+		w.in.add(recordType(w.hdr[0]), recordHeaderLen+w.left)
 	}
+	w.keep = w.client && !w.is13 && !w.in.ccs && !w.hello.done()
+	w.body = w.body[:0]
 	if w.left == 0 {
 		w.endRecord()
 	}
@@ -119,19 +130,16 @@ func (w *wire) endRecord() {
 	w.hdrN = 0
 	switch typ := recordType(w.hdr[0]); {
 	case w.is13:
-	case w.in.ccs:
-		if err := w.in.add(w.body); err != nil && w.err == nil {
-			w.err = err
-		}
 	case typ == typeChangeCipherSpec:
 		w.in.ccs = true
 	case w.keep && typ == typeHandshake:
-		w.hello.add(w.body[recordHeaderLen:])
+		w.hello.add(w.body)
 	}
 }
 
 // Write watches whole records, which is how crypto/tls writes.
 func (w *wire) Write(p []byte) (int, error) {
+	w.spoke, w.answered = true, true
 	for b := p; len(b) > 0; {
 		n := recordHeaderLen
 		if len(b) >= n {
@@ -157,9 +165,7 @@ func (w *wire) wrote(rec []byte) {
 			w.tryOpen(rec)
 		}
 	case w.out.ccs:
-		if err := w.out.add(rec); err != nil && w.err == nil {
-			w.err = err
-		}
+		w.out.add(typ, len(rec))
 	case typ == typeChangeCipherSpec:
 		w.out.ccs = true
 	}
@@ -190,7 +196,7 @@ func (w *wire) tryOpen(rec []byte) {
 type keyLogWriter struct{ w *wire }
 
 func (k keyLogWriter) Write(line []byte) (int, error) {
-	k.w.logged(string(line))
+	k.w.logged(line)
 	if k.w.keyLog != nil {
 		return k.w.keyLog.Write(line)
 	}
@@ -198,29 +204,34 @@ func (k keyLogWriter) Write(line []byte) (int, error) {
 }
 
 // logged takes one line of the key log: label, client random, secret.
-func (w *wire) logged(line string) {
-	label, rest, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
-	randomHex, secretHex, _ := strings.Cut(rest, " ")
-	secret, err := hex.DecodeString(secretHex)
-	if err != nil {
-		return
-	}
-	switch label {
+func (w *wire) logged(line []byte) {
+	label, rest, _ := bytes.Cut(bytes.TrimSuffix(line, []byte("\n")), []byte(" "))
+	random, secret, _ := bytes.Cut(rest, []byte(" "))
+	switch string(label) {
 	case "CLIENT_RANDOM":
-		w.master = secret
-		w.clientRandom, _ = hex.DecodeString(randomHex)
+		w.master, w.clientRandom = fromHex(secret), fromHex(random)
 	case "CLIENT_HANDSHAKE_TRAFFIC_SECRET", "SERVER_HANDSHAKE_TRAFFIC_SECRET":
 		w.is13 = true
 		w.in, w.out = afterCCS{}, afterCCS{}
-		clear(secret)
 	case "CLIENT_TRAFFIC_SECRET_0":
-		w.clientSecret = secret
+		w.clientSecret = fromHex(secret)
 	case "SERVER_TRAFFIC_SECRET_0":
-		w.serverSecret = secret
+		w.serverSecret = fromHex(secret)
 	}
 }
 
+// fromHex is nil for what is not hexadecimal.
+func fromHex(s []byte) []byte {
+	b := make([]byte, hex.DecodedLen(len(s)))
+	if _, err := hex.Decode(b, s); err != nil {
+		return nil
+	}
+	return b
+}
+
 func (w *wire) wipe() {
+	w.ahead = nil
+	w.releaseAhead()
 	clear(w.master)
 	clear(w.clientSecret)
 	clear(w.serverSecret)
