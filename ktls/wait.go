@@ -25,7 +25,13 @@ func (c *Conn) WaitRead() error {
 		return nil
 	}
 	c.settle()
-	err := c.layer.waitRead()
+	var err error
+	if c.rel != nil {
+		err = c.awaitKey()
+	}
+	if err == nil {
+		err = c.layer.waitRead()
+	}
 	switch {
 	case c.closed.Load():
 		return net.ErrClosed
@@ -46,7 +52,7 @@ func (c *Conn) Trim() {
 	if !c.wmu.TryLock() {
 		return
 	}
-	defer c.unlockWrite()
+	defer c.unlockInner()
 	if l, ok := c.layer.(*softLayer); ok && !c.closed.Load() {
 		l.rx.aead, l.tx.aead = nil, nil
 	}
@@ -63,10 +69,25 @@ func (l *softLayer) waitRead() error {
 }
 
 func (l *kernelLayer) waitRead() error {
-	if l.readFailed.Load() != nil {
+	if l.readFailed.Load() != nil || l.keyMissing() {
 		return nil
 	}
 	return readable(l.rc)
+}
+
+// keyMissing reports that an owner before us read a KeyUpdate and died. The kernel does
+// not call the socket readable then, until the next key is set: Read has to find out.
+func (l *kernelLayer) keyMissing() bool {
+	if !l.relayed || l.keyLooked {
+		return false
+	}
+	l.keyLooked = true
+	var err error
+	cerr := l.rc.Control(func(fd uintptr) {
+		var b [1]byte
+		_, _, _, err = sys.TLSPeek(int(fd), b[:])
+	})
+	return cerr != nil || errors.Is(err, sys.EKEYEXPIRED)
 }
 
 func readable(rc syscall.RawConn) error { return rc.Read(sys.HasInput) }

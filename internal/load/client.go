@@ -1,7 +1,6 @@
 package load
 
 import (
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -33,7 +32,7 @@ type client struct {
 	fleet *Fleet
 	index int
 	raw   *watchedConn
-	conn  *tls.Conn
+	conn  Conn
 	gen   generator
 
 	gone    chan struct{} // closed when the session has ended, however
@@ -59,7 +58,7 @@ type client struct {
 	gapPhases map[int]int64 // phases whose crash left a gap here, and bytes missing
 }
 
-func newClient(f *Fleet, index int, raw *watchedConn, conn *tls.Conn) *client {
+func newClient(f *Fleet, index int, raw *watchedConn, conn Conn) *client {
 	return &client{
 		fleet: f, index: index, raw: raw, conn: conn,
 		gen:     generator{seed: f.opts.Seed + uint64(index), min: f.opts.MinPayload, max: f.opts.MaxPayload},
@@ -91,6 +90,10 @@ func (c *client) send() {
 			c.end(lost, "sending: "+reason(err), err)
 			return
 		}
+		if err := c.changeKeys(); err != nil {
+			c.end(lost, "changing keys: "+reason(err), err)
+			return
+		}
 		timer.Reset(interval*3/4 + time.Duration(rng.Int64N(int64(interval)/2+1)))
 	}
 	select {
@@ -100,6 +103,19 @@ func (c *client) send() {
 			c.end(unclean, "sending close_notify: "+reason(err), err)
 		}
 	}
+}
+
+// changeKeys sends a KeyUpdate when it is time for one.
+func (c *client) changeKeys() error {
+	every := c.fleet.opts.KeyUpdateEvery
+	if every == 0 || c.sent()%every != 0 {
+		return nil
+	}
+	conn, ok := c.conn.(interface{ KeyUpdate(requestPeer bool) error })
+	if !ok {
+		return errors.New("this client cannot send KeyUpdates")
+	}
+	return conn.KeyUpdate(c.sent()/every%2 == 0)
 }
 
 // register notes that a frame is about to be sent and returns its number. It

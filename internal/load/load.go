@@ -36,6 +36,13 @@ type Options struct {
 	// Version is tls.VersionTLS12 or tls.VersionTLS13; 0 takes what TLS and
 	// the service agree on.
 	Version uint16
+	// Handshake makes a TLS session of a connection; nil is crypto/tls. It must give
+	// io.EOF for close_notify only.
+	Handshake func(context.Context, *net.TCPConn, *tls.Config) (Conn, error)
+	// KeyUpdateEvery is after how many frames of a client its key is changed, every
+	// other time with the service's as well; 0 is never. It needs a Handshake whose
+	// Conn has KeyUpdate, and TLS 1.3.
+	KeyUpdateEvery uint64
 	// StallLimit is how long a frame may wait without any echo coming before
 	// its session is counted as lost, default 10 s.
 	StallLimit time.Duration
@@ -44,6 +51,12 @@ type Options struct {
 }
 
 const maxPayload = 1 << 20
+
+// Conn is a TLS session of a client.
+type Conn interface {
+	net.Conn
+	CloseWrite() error // close_notify
+}
 
 func (o *Options) setDefaults() error {
 	host, _, err := net.SplitHostPort(o.Addr)
@@ -179,6 +192,14 @@ func (f *Fleet) dial(ctx context.Context, i int) (*client, error) {
 		return nil, err
 	}
 	raw := &watchedConn{Conn: tcp}
+	if f.opts.Handshake != nil {
+		conn, err := f.opts.Handshake(ctx, tcp.(*net.TCPConn), f.opts.TLS)
+		if err != nil {
+			raw.Close()
+			return nil, fmt.Errorf("TLS handshake: %w", err)
+		}
+		return newClient(f, i, raw, conn), nil
+	}
 	conn := tls.Client(raw, f.opts.TLS)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		raw.Close()
