@@ -3,7 +3,6 @@ package ktls
 import (
 	"errors"
 	"io"
-	"time"
 )
 
 var closeNotify = []byte{levelWarning, byte(alertCloseNotify)}
@@ -248,11 +247,4 @@ func (m *mover) interruptedCloseWrite() {
 		m.t.Fatalf("CloseWrite into a full socket: %v", err)
 	}
 	_ = m.conn.SetWriteDeadline(never)
-}
-
-// again starts over with a new session.
-func (m *mover) again() {
-	m.t.Helper()
-	m.scripted = newScriptedRole(m.t, m.layer, m.version, m.in.suite, m.conn.p.client)
-	_ = m.conn.SetDeadline(time.Now().Add(testWait))
 }

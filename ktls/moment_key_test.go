@@ -1,21 +1,23 @@
 package ktls
 
-// Where a change of keys is when the session moves.
+// Where a change of keys is when the session moves. With a relay, a session whose
+// socket is full cannot move while a KeyUpdate is to be sent: it is lent until there
+// is room.
 var keyMoments = []moment{
-	{name: "peer's KeyUpdate just before", run: func(m *mover) {
+	{name: "peer's KeyUpdate just before", version: v13, run: func(m *mover) {
 		m.peerUpdates(updateOnly)
 		m.pull()
 		m.move()
 		m.echo("under the next key")
 		m.works()
 	}},
-	{name: "peer's KeyUpdate just after", run: func(m *mover) {
+	{name: "peer's KeyUpdate just after", version: v13, run: func(m *mover) {
 		m.echo("before")
 		m.move()
 		m.peerUpdates(updateOnly)
 		m.works()
 	}},
-	{name: "peer's KeyUpdate comes while nobody owns it", run: func(m *mover) {
+	{name: "peer's KeyUpdate comes while nobody owns it", version: v13, run: func(m *mover) {
 		m.moveWhile(func() {
 			m.peerUpdates(updateOnly)
 			m.send(typeData, []byte("under the next key"))
@@ -23,7 +25,7 @@ var keyMoments = []moment{
 		m.wantRead("under the next key")
 		m.works()
 	}},
-	{name: "peer's KeyUpdate unread, data of both keys around it", run: func(m *mover) {
+	{name: "peer's KeyUpdate unread, data of both keys around it", version: v13, run: func(m *mover) {
 		m.send(typeData, []byte("old key, "))
 		m.peerUpdates(updateOnly)
 		m.send(typeData, []byte("new key, "))
@@ -36,7 +38,7 @@ var keyMoments = []moment{
 		m.wantRead("key, newer key")
 		m.works()
 	}},
-	{name: "at each byte of the peer's KeyUpdate record", layer: "software", run: func(m *mover) {
+	{name: "at each byte of the peer's KeyUpdate record", version: v13, run: func(m *mover) {
 		n := len(m.seal(typeHandshake, []byte(updateOnly)))
 		m.out.seq--
 		for cut := 1; cut < n; cut += m.step() {
@@ -50,7 +52,7 @@ var keyMoments = []moment{
 		}
 		m.works()
 	}},
-	{name: "between the pieces of the peer's KeyUpdate", layer: "software", run: func(m *mover) {
+	{name: "between the pieces of the peer's KeyUpdate", version: v13, run: func(m *mover) {
 		for cut := 1; cut < len(updateOnly); cut++ {
 			m.send(typeHandshake, []byte(updateOnly[:cut]))
 			m.pull()
@@ -62,14 +64,14 @@ var keyMoments = []moment{
 		}
 		m.works()
 	}},
-	{name: "peer asked, answered before", run: func(m *mover) {
+	{name: "peer asked, answered before", version: v13, run: func(m *mover) {
 		m.peerUpdates(updateRequest)
 		m.pull()
 		m.wantUpdate(updateOnly)
 		m.move()
 		m.works()
 	}},
-	{name: "peer asked, unread", run: func(m *mover) {
+	{name: "peer asked, unread", version: v13, run: func(m *mover) {
 		m.peerUpdates(updateRequest)
 		m.move()
 		m.send(typeData, []byte("x"))
@@ -77,7 +79,7 @@ var keyMoments = []moment{
 		m.wantUpdate(updateOnly)
 		m.works()
 	}},
-	{name: "peer asked, the answer waits behind a full send buffer", layer: "software", run: func(m *mover) {
+	{name: "peer asked, the answer waits behind a full send buffer", version: v13, not: "relay", run: func(m *mover) {
 		m.fill()
 		m.peerUpdates(updateRequest)
 		m.send(typeData, []byte("x"))
@@ -87,7 +89,7 @@ var keyMoments = []moment{
 		m.wantUpdate(updateOnly)
 		m.works()
 	}},
-	{name: "peer asked, the answer waits, then Close", layer: "software", run: func(m *mover) {
+	{name: "peer asked, the answer waits, then Close", version: v13, not: "relay", run: func(m *mover) {
 		m.fill()
 		m.peerUpdates(updateRequest)
 		m.send(typeData, []byte("x"))
@@ -103,7 +105,7 @@ var keyMoments = []moment{
 			m.t.Errorf("Close: %v", err)
 		}
 	}},
-	{name: "peer asked twice, the answer not sent", layer: "software", run: func(m *mover) {
+	{name: "peer asked twice, the answer not sent", version: v13, not: "relay", run: func(m *mover) {
 		m.conn.wmu.Lock() // a writer that is at it keeps the reader from answering
 		for range 2 {
 			m.peerUpdates(updateRequest)
@@ -117,7 +119,7 @@ var keyMoments = []moment{
 		m.peerGets(func() {})
 		m.works()
 	}},
-	{name: "our KeyUpdate just before", run: func(m *mover) {
+	{name: "our KeyUpdate just before", version: v13, run: func(m *mover) {
 		m.write([]byte("old key"))
 		m.update(false)
 		m.move()
@@ -125,14 +127,14 @@ var keyMoments = []moment{
 		m.wantUpdate(updateOnly)
 		m.works()
 	}},
-	{name: "our KeyUpdate just after", run: func(m *mover) {
+	{name: "our KeyUpdate just after", version: v13, run: func(m *mover) {
 		m.echo("old key")
 		m.move()
 		m.update(false)
 		m.wantUpdate(updateOnly)
 		m.works()
 	}},
-	{name: "we asked, the peer answers after", run: func(m *mover) {
+	{name: "we asked, the peer answers after", version: v13, run: func(m *mover) {
 		m.update(true)
 		m.wantUpdate(updateRequest)
 		m.move()
@@ -147,7 +149,7 @@ var keyMoments = []moment{
 		}
 		m.works()
 	}},
-	{name: "both sides ask at once", run: func(m *mover) {
+	{name: "both sides ask at once", version: v13, run: func(m *mover) {
 		m.update(true)
 		m.peerUpdates(updateRequest) // crosses ours
 		m.move()
@@ -158,7 +160,7 @@ var keyMoments = []moment{
 		m.peerUpdates(updateOnly)
 		m.works()
 	}},
-	{name: "our KeyUpdate into a full send buffer", layer: "software", run: func(m *mover) {
+	{name: "our KeyUpdate into a full send buffer", version: v13, not: "relay", run: func(m *mover) {
 		m.fill()
 		_ = m.conn.SetWriteDeadline(past)
 		if err := m.conn.KeyUpdate(false); !isTimeout(err) {
@@ -170,7 +172,7 @@ var keyMoments = []moment{
 		m.wantUpdate(updateOnly)
 		m.works()
 	}},
-	{name: "KeyUpdate and close_notify unread", run: func(m *mover) {
+	{name: "KeyUpdate and close_notify unread", version: v13, run: func(m *mover) {
 		m.send(typeData, []byte("old"))
 		m.peerUpdates(updateOnly)
 		m.send(typeData, []byte("new"))
@@ -181,13 +183,13 @@ var keyMoments = []moment{
 		m.wantEOF()
 		m.closes()
 	}},
-	{name: "KeyUpdate, then FIN without close_notify", run: func(m *mover) {
+	{name: "KeyUpdate, then FIN without close_notify", version: v13, run: func(m *mover) {
 		m.peerUpdates(updateOnly)
 		m.moveWhile(func() { _ = m.c.CloseWrite() })
 		m.wantEnd(ErrTruncated)
 		m.closes()
 	}},
-	{name: "32 KeyUpdates, the next after", layer: "software", run: func(m *mover) {
+	{name: "32 KeyUpdates, the next after", version: v13, run: func(m *mover) {
 		for range maxHandshakes {
 			m.peerUpdates(updateOnly)
 		}
@@ -216,15 +218,5 @@ func (m *mover) update(request bool) {
 	m.t.Helper()
 	if err := m.conn.KeyUpdate(request); err != nil {
 		m.t.Fatalf("KeyUpdate: %v", err)
-	}
-}
-
-func init() {
-	for i := range keyMoments {
-		keyMoments[i].version = v13
-		if keyMoments[i].layer == "" {
-			// The kernel's layer cannot change keys yet.
-			keyMoments[i].layer = "software"
-		}
 	}
 }

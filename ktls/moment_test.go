@@ -22,15 +22,15 @@ type moment struct {
 	name    string
 	version uint16 // 0: both
 	layer   string // "": both
+	not     string // of the ways to change keys
 	client  bool   // in the client role only
 	run     func(m *mover)
 }
 
 // moments are in files by what is going on: moment_read_test.go and so on.
 func moments() []moment {
-	all := append(readMoments, writeMoments...)
-	all = append(all, endMoments...)
-	return append(all, keyMoments...)
+	all := append(readMoments[:len(readMoments):len(readMoments)], writeMoments...)
+	return append(all, endMoments...)
 }
 
 // way is how a session moves.
@@ -73,30 +73,58 @@ func variants(i int) []variant {
 // layers.
 func TestMoveAtWorstMoments(t *testing.T) {
 	bothLayers(t, func(t *testing.T, layer Layer) {
-		if guest.InGuest() && layer == LayerSoftware {
-			return // it needs nothing of this kernel, and has been tested on the host
-		}
-		second := newPassage(t)
-		for i, mo := range moments() {
-			if mo.layer != "" && mo.layer != layer.String() {
-				continue
-			}
-			t.Run(mo.name, func(t *testing.T) {
-				for _, v := range variants(i) {
-					if mo.version != 0 && mo.version != v.version {
-						continue
-					}
-					for _, w := range v.ways {
-						t.Run(suiteTestName(v.version, v.suite)+" "+w.String(), func(t *testing.T) {
-							s := newScriptedRole(t, layer, v.version, v.suite, mo.client || w == twice)
-							_ = s.conn.SetDeadline(time.Now().Add(testWait))
-							mo.run(&mover{scripted: s, way: w, second: second, layer: layer})
-						})
-					}
-				}
-			})
-		}
+		runMoments(t, layer.String(), moments(), func(t *testing.T, v variant, client bool) *scripted {
+			return newScriptedRole(t, layer, v.version, v.suite, client)
+		})
 	})
+}
+
+// TestMoveAtKeyUpdates is the same around changes of keys, for each way to make them.
+func TestMoveAtKeyUpdates(t *testing.T) {
+	t.Run("software", func(t *testing.T) {
+		runMoments(t, "software", keyMoments, func(t *testing.T, v variant, client bool) *scripted {
+			return newScriptedRole(t, LayerSoftware, v13, v.suite, client)
+		})
+	})
+	for _, by := range []string{"kernel", "relay"} {
+		t.Run(by, func(t *testing.T) {
+			guest.NeedKernelTLS(t)
+			guest.NeedKernel(t, 6, 14, "a change of keys")
+			runMoments(t, by, keyMoments, func(t *testing.T, v variant, client bool) *scripted {
+				return newChangingRole(t, v.suite, by == "relay", client)
+			})
+		})
+	}
+}
+
+func runMoments(t *testing.T, by string, list []moment, session func(t *testing.T, v variant, client bool) *scripted) {
+	if guest.InGuest() && by == "software" {
+		return // it needs nothing of this kernel, and has been tested on the host
+	}
+	second := newPassage(t)
+	for i, mo := range list {
+		if mo.layer != "" && mo.layer != by || mo.not == by {
+			continue
+		}
+		t.Run(mo.name, func(t *testing.T) {
+			for _, v := range variants(i) {
+				if mo.version != 0 && mo.version != v.version {
+					continue
+				}
+				for _, w := range v.ways {
+					t.Run(suiteTestName(v.version, v.suite)+" "+w.String(), func(t *testing.T) {
+						m := &mover{way: w, second: second}
+						m.again = func() {
+							m.scripted = session(t, v, mo.client || w == twice)
+							_ = m.conn.SetDeadline(time.Now().Add(testWait))
+						}
+						m.again()
+						mo.run(m)
+					})
+				}
+			}
+		})
+	}
 }
 
 // mover is a session under test and what its owners have written.
@@ -104,7 +132,7 @@ type mover struct {
 	*scripted
 	way    way
 	second *passage
-	layer  Layer
+	again  func() // starts over with a new session
 	sent   []byte // taken by Write or QueueWrite, not yet seen at the peer
 }
 
@@ -118,15 +146,19 @@ func (m *mover) move() {
 func (m *mover) moveWhile(f func()) {
 	m.t.Helper()
 	before := m.conn
+	if m.changer != nil {
+		m.changer.settle(m.t, before)
+	}
 	buffered, pending := before.Buffered(), before.Pending()
 	sock, st, err := before.Detach()
 	if err != nil {
 		m.t.Fatalf("detach: %v", err)
 	}
 	f()
+	secrets, _ := st.MarshalSecrets()
 	if m.way == through {
 		moved, facts, record := m.second.pass(m.t, sock, st)
-		m.adopt(moved, facts, record)
+		m.adopt(moved, facts, record, secrets)
 	} else {
 		facts, ferr := st.MarshalFacts()
 		record, rerr := st.MarshalRecord()
@@ -136,9 +168,9 @@ func (m *mover) moveWhile(f func()) {
 		st.Wipe()
 		moved := duplicate(m.t, sock)
 		_ = sock.Close()
-		m.adopt(moved, facts, record)
+		m.adopt(moved, facts, record, secrets)
 		if m.way == twice {
-			m.conn = move(m.t, m.conn)
+			m.scripted.move()
 		}
 	}
 	if b, p := m.conn.Buffered(), m.conn.Pending(); b != buffered || p != pending {
@@ -146,7 +178,7 @@ func (m *mover) moveWhile(f func()) {
 	}
 }
 
-func (m *mover) adopt(sock *os.File, facts, record []byte) {
+func (m *mover) adopt(sock *os.File, facts, record, secrets []byte) {
 	m.t.Helper()
 	c, err := Import(sock, facts, record)
 	if err != nil {
@@ -154,6 +186,7 @@ func (m *mover) adopt(sock *os.File, facts, record []byte) {
 		m.t.Fatalf("import: %v", err)
 	}
 	m.t.Cleanup(func() { _ = c.Close() })
+	m.changer.attach(m.t, c, secrets)
 	_ = c.SetDeadline(time.Now().Add(testWait))
 	m.conn = c
 }

@@ -33,7 +33,12 @@ func whoeverChangesKeys(t *testing.T, f func(t *testing.T, newSession func(suite
 // newChanging is a session of the kernel layer whose keys can be changed.
 func newChanging(t testing.TB, suite uint16, relay bool) *scripted {
 	t.Helper()
-	s := newScripted(t, LayerKernel, v13, suite)
+	return newChangingRole(t, suite, relay, false)
+}
+
+func newChangingRole(t testing.TB, suite uint16, relay, client bool) *scripted {
+	t.Helper()
+	s := newScriptedRole(t, LayerKernel, v13, suite, client)
 	s.changer = &keyChanger{t: t, suite: suite, relay: relay,
 		tx: bytes.Clone(s.inSecret), rx: bytes.Clone(s.outSecret)}
 	info, err := lookupSuite(v13, suite)
