@@ -56,6 +56,7 @@ type Conn struct {
 	answering atomic.Bool           // answerSoon has a timer running
 	asked     atomic.Uint32         // KeyUpdates we requested and have not seen
 	fatal     atomic.Pointer[error] // ends both directions
+	lost      atomic.Pointer[error] // the connection's, see noteLost
 	closed    atomic.Bool           // by Close or Detach; set under dmu
 	dmu       sync.Mutex            // deadlines, which nobody changes once closed
 	secrets   *secrets              // kernel layer, in a process that has them
@@ -161,6 +162,10 @@ func (c *Conn) readFailed(err error) error {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return os.ErrDeadlineExceeded
 	case errors.Is(err, io.EOF):
+		if lost := c.lost.Load(); lost != nil {
+			err = *lost
+			break
+		}
 		c.rerr, c.rxEnd = ErrTruncated, endFIN
 		return c.rerr
 	case errors.As(err, &rec):
@@ -256,6 +261,7 @@ func (c *Conn) writeFailed(err error) error {
 		return err
 	}
 	// The receiving side may still hold what the peer sent before it went away.
+	c.noteLost(err)
 	c.werr = c.opError("write", err)
 	return c.werr
 }
@@ -344,9 +350,17 @@ func (c *Conn) settle() {
 		return
 	}
 	if c.payOwed(false) == nil && c.layer.unsent() > 0 {
-		_ = c.layer.flush(false) // a final error shows in the next Write
+		c.noteLost(c.layer.flush(false)) // a final error shows in the next Write
 	}
 	c.unlockInner()
+}
+
+// noteLost keeps an error of the connection that a write met. The socket reports it
+// once, and then only an end of the stream, which a Read would take for a FIN.
+func (c *Conn) noteLost(err error) {
+	if errors.Is(err, sys.ECONNRESET) || errors.Is(err, sys.ETIMEDOUT) {
+		c.lost.CompareAndSwap(nil, &err)
+	}
 }
 
 // Unread pushes plaintext back, to be read before anything else. It copies p. It

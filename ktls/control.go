@@ -307,6 +307,7 @@ func (c *Conn) payOwed(wait bool) error {
 			return errWouldBlock // Continue comes back to it
 		}
 		if err := c.payOne(o, wait); err != nil {
+			c.noteLost(err)
 			return err
 		}
 	}

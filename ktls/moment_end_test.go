@@ -1,8 +1,12 @@
 package ktls
 
 import (
+	"crypto/tls"
 	"errors"
 	"io"
+	"syscall"
+	"testing"
+	"time"
 )
 
 var closeNotify = []byte{levelWarning, byte(alertCloseNotify)}
@@ -116,6 +120,17 @@ var endMoments = []moment{
 		if n, err := m.conn.Write([]byte("x")); err == nil {
 			m.t.Errorf("Write after a reset took %d bytes", n)
 		}
+	}},
+	{name: "reset, which a write meets first", run: func(m *mover) {
+		m.send(typeData, []byte("read, not read"))
+		m.wantRead("read, ")
+		m.moveWhile(m.peerResets)
+		m.finished()
+		if n, err := m.conn.Write([]byte("x")); err == nil {
+			m.t.Errorf("Write after a reset took %d bytes", n)
+		}
+		m.wantRead("not read")
+		m.wantReset()
 	}},
 	{name: "reset with opened bytes unread", run: func(m *mover) {
 		m.send(typeData, []byte("read, not read"))
@@ -247,4 +262,23 @@ func (m *mover) interruptedCloseWrite() {
 		m.t.Fatalf("CloseWrite into a full socket: %v", err)
 	}
 	_ = m.conn.SetWriteDeadline(never)
+}
+
+// A session whose connection is gone, as only its writing side has heard, stays where
+// it is: a new owner would take the end of the stream for a FIN.
+func TestDetachAfterResetInAnAnswer(t *testing.T) {
+	s := newScripted(t, LayerSoftware, tls.VersionTLS12, tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256)
+	s.send(typeHandshake, []byte{msgClientHello, 0, 0, 0}) // which is refused
+	s.send(typeData, []byte("last words"))
+	m := &mover{scripted: s}
+	m.peerResets()
+	m.finished()
+	_ = s.conn.SetDeadline(time.Now().Add(testWait))
+	s.wantRead("last")
+	_, _, err := s.conn.Detach()
+	if !errors.Is(err, syscall.ECONNRESET) {
+		t.Fatalf("Detach: %v", err)
+	}
+	s.wantRead(" words")
+	m.wantReset()
 }

@@ -189,6 +189,17 @@ var keyMoments = []moment{
 		m.wantEnd(ErrTruncated)
 		m.closes()
 	}},
+	// The answer meets the reset, of which the reader must hear all the same.
+	{name: "peer asks and resets", version: v13, run: func(m *mover) {
+		m.send(typeData, []byte("last words"))
+		m.peerUpdates(updateRequest)
+		m.wantRead("last")
+		m.peerResets()
+		m.finished()
+		m.move()
+		m.wantRead(" words")
+		m.wantReset()
+	}},
 	{name: "32 KeyUpdates, the next after", version: v13, run: func(m *mover) {
 		for range maxHandshakes {
 			m.peerUpdates(updateOnly)

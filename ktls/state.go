@@ -154,6 +154,9 @@ func (c *Conn) Detach() (Socket, *State, error) {
 	if c.werr != nil && c.txEnd == endOpen {
 		return nil, nil, fmt.Errorf("session %s has ended: %w", c.remote, c.werr)
 	}
+	if lost := c.lost.Load(); lost != nil { // the socket will not say it to a new owner
+		return nil, nil, fmt.Errorf("session %s has ended: %w", c.remote, *lost)
+	}
 	if err := c.layer.broken(); err != nil {
 		// The socket has forgotten the error; a new owner would wait for ever.
 		_ = c.readFailed(err)
