@@ -20,6 +20,7 @@ import (
 type Build struct {
 	Archive string      // first part of the initramfs: init, test binaries, programs
 	Tests   []spec.Test // what is in it
+	program bool        // a Program, which has no tests to report
 }
 
 // guestEnv makes static binaries for the guest.
@@ -61,19 +62,7 @@ func buildGuest(ctx context.Context, root, dir, shell string, only *regexp.Regex
 	defer func() { _ = f.Close() }()
 	w := bufio.NewWriterSize(f, 1<<20)
 	a := newArchive(w)
-	for _, d := range []string{"dev", "proc", "sys", "tmp", "run", "bin"} {
-		a.dir(d)
-	}
-	// Before init mounts /dev, the kernel opens the console for it.
-	a.device("dev/console", 0o600, 5, 1)
-	a.bytes("etc/passwd", 0o644, []byte("root:x:0:0:root:/tmp:/bin/sh\nnobody:x:65534:65534:nobody:/tmp:/bin/false\n"))
-	a.bytes("etc/group", 0o644, []byte("root:x:0:\nnogroup:x:65534:\n"))
-	a.bytes("etc/hosts", 0o644, []byte("127.0.0.1 localhost\n::1 localhost\n"))
-	a.file("init", 0o755, filepath.Join(bin, "init"))
-	a.file(shellFile, 0o755, shell)
-	for _, name := range shellLinks {
-		a.link("bin/"+name, "busybox")
-	}
+	base(a, filepath.Join(bin, "init"), shell)
 	for _, p := range progs {
 		a.file("bin/"+path.Base(p), 0o755, filepath.Join(bin, path.Base(p)))
 	}
@@ -96,6 +85,23 @@ func buildGuest(ctx context.Context, root, dir, shell string, only *regexp.Regex
 		return nil, err
 	}
 	return b, f.Close()
+}
+
+// base is what every guest has.
+func base(a *archive, initFile, shell string) {
+	for _, d := range []string{"dev", "proc", "sys", "tmp", "run", "bin"} {
+		a.dir(d)
+	}
+	// Before init mounts /dev, the kernel opens the console for it.
+	a.device("dev/console", 0o600, 5, 1)
+	a.bytes("etc/passwd", 0o644, []byte("root:x:0:0:root:/tmp:/bin/sh\nnobody:x:65534:65534:nobody:/tmp:/bin/false\n"))
+	a.bytes("etc/group", 0o644, []byte("root:x:0:\nnogroup:x:65534:\n"))
+	a.bytes("etc/hosts", 0o644, []byte("127.0.0.1 localhost\n::1 localhost\n"))
+	a.file("init", 0o755, initFile)
+	a.file(shellFile, 0o755, shell)
+	for _, name := range shellLinks {
+		a.link("bin/"+name, "busybox")
+	}
 }
 
 // guestTest is how a guest runs a package's tests.

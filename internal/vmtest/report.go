@@ -10,12 +10,14 @@ import (
 
 // Good reports whether every guest was, and there was at least one test.
 func Good(results []*BootResult) bool {
+	program := false
 	for _, b := range results {
 		if len(b.Problems) > 0 {
 			return false
 		}
+		program = program || b.program
 	}
-	return Total(results).Passed > 0
+	return program || Total(results).Passed > 0
 }
 
 // Total counts the tests of all guests. A guest with a problem that is no failed

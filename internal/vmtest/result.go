@@ -51,6 +51,7 @@ type BootResult struct {
 	exited  bool
 	code    int
 	current *testLog
+	program bool // ran no tests, but a Program
 }
 
 // Line takes one line from the guest's result port.
@@ -137,7 +138,7 @@ func (b *BootResult) Finish(want []string, ended string) {
 			b.problem("%s did not run", pkg)
 		}
 	}
-	if tests == 0 {
+	if tests == 0 && !b.program {
 		b.problem("no test ran")
 	}
 }
@@ -159,6 +160,8 @@ func (b *BootResult) judge(p *PackageResult) {
 	switch {
 	case p.Code == -1:
 		b.problem("%s did not end", p.Package)
+	case p.Code != 0 && b.program:
+		b.problem("%s: exit code %d", p.Package, p.Code)
 	case p.Code != 0 && bad == 0:
 		b.problem("%s: exit code %d though no test failed: see its output", p.Package, p.Code)
 	case p.Code == 0 && bad > 0:

@@ -27,6 +27,7 @@ type Options struct {
 	Run            string         // -test.run for all of them
 	Without        []string       // modules to leave out, to see the run fail
 	Env            []string       // for the tests, NAME=VALUE
+	Program        *Program       // to run instead of the tests
 	Cache          *Cache
 	Jobs           int           // guests at the same time; 1
 	CPUs           int           // of a guest; 2
@@ -61,11 +62,22 @@ func Run(ctx context.Context, o Options) ([]*BootResult, error) {
 	} else {
 		defer func() { _ = os.RemoveAll(dir) }()
 	}
-	build, err := buildGuest(ctx, o.Root, dir, shell, o.Packages, o.Run, o.Say)
+	build, err := o.build(ctx, dir, shell)
 	if err != nil {
 		return nil, err
 	}
 	return o.bootAll(ctx, dir, build, kernels)
+}
+
+func (o *Options) build(ctx context.Context, dir, shell string) (*Build, error) {
+	if o.Program == nil {
+		return buildGuest(ctx, o.Root, dir, shell, o.Packages, o.Run, o.Say)
+	}
+	initFile := filepath.Join(dir, "init")
+	if err := goTool(ctx, o.Root, "build", "-ldflags=-s -w", "-o", initFile, "./internal/vmtest/init"); err != nil {
+		return nil, err
+	}
+	return o.Program.build(dir, initFile, shell)
 }
 
 func (o *Options) defaults() {
@@ -155,6 +167,7 @@ func (o *Options) bootOne(ctx context.Context, dir string, build *Build, k Kerne
 	for i, t := range build.Tests {
 		want[i] = t.Package
 	}
+	b.program = build.program
 	b.Finish(want, ended)
 	o.explain(b, console)
 	return b, nil
