@@ -5,7 +5,7 @@ BIN ?= bin
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 export KERNELS VMTEST_PKG VMTEST_RUN VMTEST_WITHOUT VMTEST_VERBOSE VMTEST_JSON VMTEST_MIRROR KERNEL MODULES
 
-.PHONY: help build demo drill test vmtest lint bench
+.PHONY: help build demo drill test vmtest lint bench bogo
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,3 +33,6 @@ lint: ## gofmt, vet, and golangci-lint if it is installed, else staticcheck
 
 bench: ## the record layer against crypto/tls, into docs/benchmarks: BENCH_RUN=REGEXP
 	$(GO) run ./internal/bench/cmd/bench -o docs/benchmarks -run '$(BENCH_RUN)'
+
+bogo: ## BoringSSL's test runner, which you have, against the record layers: RUNNER=PATH LAYER=software|kernel BOGO_TESTS=GLOB MOVE=1 GUEST=7 (docs/conformance.md)
+	$(GO) run ./internal/bogo/cmd/bogo -runner '$(RUNNER)' -layer '$(or $(LAYER),software)' -tests '$(BOGO_TESTS)' $(if $(MOVE),-move) -guest '$(GUEST)'

@@ -26,6 +26,7 @@ var testPackages = []testPackage{
 	{path: "pidfd"},
 	{path: "ktls"},
 	{path: "ktls/ktlshttp"},
+	{path: "internal/bogo"},
 	{path: "internal/keeper"},
 	{path: "handoff"},
 	{path: "internal/demo", progs: true},
