@@ -189,7 +189,15 @@ func (c *Conn) opError(op string, err error) error {
 	return &net.OpError{Op: op, Net: "tcp", Source: c.local, Addr: c.remote, Err: err}
 }
 
-func (c *Conn) noteBuffered() { c.buffered.Store(int64(len(c.unread) + c.layer.buffered())) }
+func (c *Conn) noteBuffered() { note(&c.buffered, len(c.unread)+c.layer.buffered()) }
+
+// note is v.Store(n) for the one who owns v; mostly nothing has changed, and to look
+// costs less.
+func note(v *atomic.Int64, n int) {
+	if v.Load() != int64(n) {
+		v.Store(int64(n))
+	}
+}
 
 // Write sends p. With a deadline's error it returns how many bytes it took; those
 // are sealed or in the socket and reach the peer with the next Write or Flush, or
@@ -334,7 +342,7 @@ func (c *Conn) unlockInner() {
 	}
 }
 
-func (c *Conn) notePending() { c.pending.Store(int64(len(c.queued) + c.layer.unsent())) }
+func (c *Conn) notePending() { note(&c.pending, len(c.queued)+c.layer.unsent()) }
 
 // settle tries, without waiting, to send what the reading side owes or left.
 func (c *Conn) settle() {

@@ -36,8 +36,8 @@ func newSoftLayer(sock Socket, p params, tx, rx direction) (*softLayer, error) {
 	l := &softLayer{rc: rc}
 	l.rx.half = half{suite: suite, dir: rx}
 	l.tx.half = half{suite: suite, dir: tx}
-	l.rx.recv = l.rx.recvFD
-	l.tx.sendWait = l.tx.sendFD
+	l.rx.recv = func(fd uintptr) bool { return l.rx.recvFD(fd) }
+	l.tx.sendWait = func(fd uintptr) bool { return l.tx.sendFD(fd) }
 	l.tx.sendNow = func(fd uintptr) { l.tx.sendFD(fd) }
 	return l, nil
 }
@@ -107,9 +107,10 @@ type softReader struct {
 	start, end int
 	plain      []byte
 
-	recv func(fd uintptr) bool // recvFD, bound once so that reading does not allocate
-	got  int
-	err  error
+	recv  func(fd uintptr) bool // recvFD, bound once so that reading does not allocate
+	got   int
+	errno syscall.Errno
+	large bool // the last time more came than a small message
 }
 
 func (r *softReader) raw() []byte {
@@ -193,14 +194,14 @@ func (r *softReader) whole() ([]byte, error) {
 // fill receives more, at least one byte.
 func (r *softReader) fill(rc syscall.RawConn) error {
 	r.release()
-	r.got, r.err = 0, nil
+	r.got, r.errno = 0, 0
 	if err := rc.Read(r.recv); err != nil {
 		r.park()
 		return socketError(err)
 	}
-	if r.err != nil {
+	if r.errno != 0 {
 		r.park()
-		return r.err
+		return r.errno
 	}
 	if r.got == 0 {
 		r.park()
@@ -214,11 +215,12 @@ func (r *softReader) fill(rc syscall.RawConn) error {
 // be readable. While it waits, the session holds no more than its half record.
 func (r *softReader) recvFD(fd uintptr) bool {
 	r.unpark()
-	r.got, r.err = sys.Recv(fd, r.buf.b[r.end:])
-	if r.err == sys.EAGAIN { //nolint:errorlint // Recv does not wrap, and this is the hot path
+	r.got, r.errno = sys.Recv(fd, r.buf.b[r.end:], !r.large)
+	if r.errno == syscall.EAGAIN {
 		r.park()
 		return false
 	}
+	r.large = r.got > smallBuf
 	return true
 }
 

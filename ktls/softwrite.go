@@ -3,6 +3,7 @@ package ktls
 import (
 	"errors"
 	"os"
+	"syscall"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
@@ -16,7 +17,7 @@ type softWriter struct {
 
 	sendWait func(fd uintptr) bool // sendFD, bound once so that writing does not allocate
 	sendNow  func(fd uintptr)
-	err      error
+	errno    syscall.Errno
 }
 
 func (w *softWriter) kept() []byte {
@@ -64,14 +65,14 @@ func (w *softWriter) sealNext(typ recordType, p []byte) error {
 // or badly.
 func (w *softWriter) sendFD(fd uintptr) bool {
 	for w.start < w.end {
-		n, err := sys.Send(fd, w.buf.b[w.start:w.end])
-		if err != nil {
-			w.err = err
-			return err != sys.EAGAIN //nolint:errorlint // Send does not wrap, and this is the hot path
+		n, errno := sys.Send(fd, w.buf.b[w.start:w.end])
+		if errno != 0 {
+			w.errno = errno
+			return errno != syscall.EAGAIN
 		}
 		w.start += n
 	}
-	w.err = nil
+	w.errno = 0
 	return true
 }
 
@@ -88,8 +89,8 @@ func (l *softLayer) flush(wait bool) error {
 	} else {
 		err = l.rc.Control(w.sendNow)
 	}
-	if err == nil {
-		err = w.err
+	if err == nil && w.errno != 0 {
+		err = w.errno
 	}
 	w.release()
 	switch {

@@ -9,46 +9,55 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// brief is up to how many bytes Send does not tell the scheduler of the system call,
+// which takes as long as a part of a small one. The call cannot wait, so that others
+// miss this thread for no longer than they do for a function that computes.
+const brief = 4 << 10
+
 // Recv reads from a connected stream socket without waiting, whatever the state
-// of O_NONBLOCK, which every holder of a duplicate can change. n is 0 with a nil
-// error at the end of the stream; EAGAIN means that nothing is there. It does not
-// allocate. p must not be empty.
-func Recv(fd uintptr, p []byte) (n int, err error) {
+// of O_NONBLOCK, which every holder of a duplicate can change. n is 0 with errno 0
+// at the end of the stream; EAGAIN means that nothing is there. little says that the
+// caller expects no more than a few kilobytes. It does not allocate. p must not be
+// empty, and the socket none with kernel TLS, whose locks others may hold for long.
+func Recv(fd uintptr, p []byte, little bool) (n int, errno syscall.Errno) {
 	for {
-		r, _, errno := unix.Syscall6(unix.SYS_RECVFROM, fd,
-			uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), unix.MSG_DONTWAIT, 0, 0)
-		if errno == 0 {
-			return int(r), nil
+		var r uintptr
+		if little {
+			r, _, errno = syscall.RawSyscall6(syscall.SYS_RECVFROM, fd,
+				uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), syscall.MSG_DONTWAIT, 0, 0)
+		} else {
+			r, _, errno = syscall.Syscall6(syscall.SYS_RECVFROM, fd,
+				uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), syscall.MSG_DONTWAIT, 0, 0)
 		}
-		if errno != unix.EINTR {
-			return 0, errnoError(errno)
+		if errno == 0 {
+			return int(r), 0
+		}
+		if errno != syscall.EINTR {
+			return 0, errno
 		}
 	}
 }
 
 // Send writes to a connected stream socket without waiting and without SIGPIPE;
-// EAGAIN means that the socket takes nothing now. It does not allocate.
-func Send(fd uintptr, p []byte) (n int, err error) {
+// EAGAIN means that the socket takes nothing now. It does not allocate. The socket
+// must be none with kernel TLS, see Recv.
+func Send(fd uintptr, p []byte) (n int, errno syscall.Errno) {
 	for {
-		r, _, errno := unix.Syscall6(unix.SYS_SENDTO, fd,
-			uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, 0, 0)
+		var r uintptr
+		if len(p) <= brief {
+			r, _, errno = syscall.RawSyscall6(syscall.SYS_SENDTO, fd,
+				uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), syscall.MSG_DONTWAIT|syscall.MSG_NOSIGNAL, 0, 0)
+		} else {
+			r, _, errno = syscall.Syscall6(syscall.SYS_SENDTO, fd,
+				uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), syscall.MSG_DONTWAIT|syscall.MSG_NOSIGNAL, 0, 0)
+		}
 		if errno == 0 {
-			return int(r), nil
+			return int(r), 0
 		}
-		if errno != unix.EINTR {
-			return 0, errnoError(errno)
+		if errno != syscall.EINTR {
+			return 0, errno
 		}
 	}
-}
-
-// errAgain is EAGAIN boxed once: it is the everyday result of Recv and Send.
-var errAgain error = unix.EAGAIN
-
-func errnoError(e syscall.Errno) error {
-	if e == unix.EAGAIN {
-		return errAgain
-	}
-	return e
 }
 
 // SocketAddrs returns both addresses of a connected TCP socket. A peer that is
