@@ -230,9 +230,9 @@ func (s *session) moveOn() error {
 	if err != nil {
 		return err
 	}
-	// Only the process of the handshake has a kernel session's secrets, and the first
-	// move is out of it.
-	if state.Layer() == ktls.LayerKernel {
+	// The next owner can change the keys of a kernel session only when it is given the
+	// secrets, which TLS 1.2 does not need.
+	if state.Layer() == ktls.LayerKernel && s.conn.ConnectionState().Version == tls.VersionTLS13 {
 		if s.kept, err = state.MarshalSecrets(); err != nil {
 			return err
 		}
@@ -268,7 +268,7 @@ func (s *session) shutdown() error {
 	case errors.Is(rerr, io.EOF):
 		return err // of a peer that was too quick to be sent ours, perhaps
 	}
-	return rerr
+	return fmt.Errorf("no clean end: %w", rerr)
 }
 
 // after checks what can only be known at the end.
