@@ -23,8 +23,6 @@ type kernelLayer struct {
 
 	secrets *secrets // Conn's; nil in a process that was never given them
 	relayed bool     // somebody else changes the keys
-	// keyLooked: keyMissing has looked.
-	keyLooked bool
 
 	// Reading, under Conn's read lock. try is made once because a closure made for
 	// each call would be an allocation for each call.

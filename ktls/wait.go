@@ -68,26 +68,26 @@ func (l *softLayer) waitRead() error {
 	return readable(l.rc)
 }
 
+// waitRead does not believe poll where keys can change (6.14 and later): from the moment
+// at which the kernel has seen a KeyUpdate, which it does when it looks for more data to
+// give with what it has, until the next key is set, poll calls the socket unreadable,
+// also while the KeyUpdate is still to be read. And when an owner before us read it and
+// died, nothing would ever end the wait.
 func (l *kernelLayer) waitRead() error {
-	if l.readFailed.Load() != nil || l.keyMissing() {
+	switch {
+	case l.readFailed.Load() != nil:
 		return nil
+	case !l.canRekey():
+		return readable(l.rc)
 	}
-	return readable(l.rc)
-}
-
-// keyMissing reports that an owner before us read a KeyUpdate and died. The kernel does
-// not call the socket readable then, until the next key is set: Read has to find out.
-func (l *kernelLayer) keyMissing() bool {
-	if !l.relayed || l.keyLooked {
-		return false
-	}
-	l.keyLooked = true
-	var err error
-	cerr := l.rc.Control(func(fd uintptr) {
+	return l.rc.Read(func(fd uintptr) bool {
+		if sys.HasInput(fd) {
+			return true
+		}
 		var b [1]byte
-		_, _, _, err = sys.TLSPeek(int(fd), b[:])
+		_, _, _, err := sys.TLSPeek(int(fd), b[:])
+		return err != sys.EAGAIN //nolint:errorlint // TLSPeek does not wrap
 	})
-	return cerr != nil || errors.Is(err, sys.EKEYEXPIRED)
 }
 
 func readable(rc syscall.RawConn) error { return rc.Read(sys.HasInput) }

@@ -33,9 +33,16 @@ func changingKeys(every uint64) func(*load.Options) {
 func TestKernelLayerKeysChangeWhateverDies(t *testing.T) {
 	guest.NeedKernelTLS(t)
 	guest.NeedKernel(t, 6, 14, "a change of keys")
-	const clients, rounds = 20, 3
+	const clients, rounds = 8, 3
 	u := start(t, visor.Options{})
-	f := u.fleet(clients, changingKeys(2))
+	f := u.fleet(clients, changingKeys(3))
+	defer func() {
+		if t.Failed() {
+			r := f.Snapshot()
+			st, err := u.Admin.Status(context.WithoutCancel(t.Context()))
+			t.Logf("clients: %+v; unit: %+v, %v", r.Counters, st, err)
+		}
+	}()
 	updates := uint64(0)
 	phase := func(name string, mayInterrupt bool) {
 		t.Helper()

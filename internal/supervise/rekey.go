@@ -153,6 +153,15 @@ func (s *Supervisor) onSocket(ss *session, f func(fd int) error, then func(error
 	s.keyOps++
 	go func() {
 		err := s.withSocket(ss.id, f)
+		// Nothing was done then. The keeper may be short of something for a moment, and a
+		// session is at stake.
+		for tries := 0; tries < socketTries && errors.Is(err, errNoSocket); tries++ {
+			select {
+			case <-s.ctx.Done():
+			case <-time.After(socketPause):
+			}
+			err = s.withSocket(ss.id, f)
+		}
 		s.post(func() {
 			s.keyOps--
 			r.ops--
@@ -172,6 +181,12 @@ func (s *Supervisor) onSocket(ss *session, f func(fd int) error, then func(error
 		})
 	}()
 }
+
+// How often, and how far apart, a socket is asked for.
+const (
+	socketTries = 20
+	socketPause = 500 * time.Millisecond
+)
 
 var errNoSocket = errors.New("its socket could not be fetched from the keeper")
 
