@@ -20,7 +20,7 @@ import (
 // a request for the service to do the same.
 func changingKeys(every uint64) func(*load.Options) {
 	return func(o *load.Options) {
-		o.Version, o.KeyUpdateEvery = tls.VersionTLS13, every
+		o.Version, o.KeyUpdateEvery, o.Interval = tls.VersionTLS13, every, 400*time.Millisecond
 		o.Handshake = func(ctx context.Context, c *net.TCPConn, cfg *tls.Config) (load.Conn, error) {
 			return ktls.Client(ctx, c, &ktls.Config{TLS: cfg, Mode: ktls.ModeSoftware})
 		}
@@ -33,7 +33,7 @@ func changingKeys(every uint64) func(*load.Options) {
 func TestKernelLayerKeysChangeWhateverDies(t *testing.T) {
 	guest.NeedKernelTLS(t)
 	guest.NeedKernel(t, 6, 14, "a change of keys")
-	const clients, rounds = 8, 3
+	const clients, rounds = 8, 2
 	u := start(t, visor.Options{})
 	f := u.fleet(clients, changingKeys(3))
 	defer func() {
