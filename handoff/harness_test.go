@@ -73,7 +73,7 @@ func startProc(t *testing.T, h HandlerFunc, opts ...Option) *proc {
 	t.Helper()
 	p := startRaw(t, h, opts...)
 	p.expect(wire.TypeHello)
-	p.send(&wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: 1, Worker: 1, Pool: "test", FreezeTimeout: 5000}})
+	p.send(&wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: 1, Worker: 1, Pool: "test", FreezeTimeout: 5000, Rekey: true}})
 	p.expect(wire.TypeReady)
 	return p
 }
@@ -208,14 +208,21 @@ func (p *proc) inventory() map[uint64]wire.Held {
 	}
 }
 
+// clientConn is a client's TLS session.
+type clientConn interface {
+	net.Conn
+	CloseWrite() error
+}
+
 // sess is one session: the client's end, and what a supervisor keeps.
 type sess struct {
 	t      *testing.T
 	id     uint64
-	cli    *tls.Conn
+	cli    clientConn
 	fd     int // the supervisor's duplicate
 	facts  []byte
 	cargo  wire.Cargo
+	keys   *ktls.Secrets // kernel layer
 	group  string
 	flags  wire.Flags
 	epoch  wire.Epoch // of the ownership
@@ -250,6 +257,13 @@ var lastID atomic.Uint64
 // supervisor does before it gives it to a worker.
 func newSession(t *testing.T, mode ktls.Mode, version uint16) *sess {
 	t.Helper()
+	return newSessionOf(t, mode, func(addr string) (clientConn, error) {
+		return tls.Dial("tcp", addr, &tls.Config{InsecureSkipVerify: true, MinVersion: version, MaxVersion: version})
+	})
+}
+
+func newSessionOf(t *testing.T, mode ktls.Mode, dial func(addr string) (clientConn, error)) *sess {
+	t.Helper()
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false)
 	ln, err := lc.Listen(t.Context(), "tcp", "127.0.0.1:0")
@@ -258,12 +272,12 @@ func newSession(t *testing.T, mode ktls.Mode, version uint16) *sess {
 	}
 	defer func() { _ = ln.Close() }()
 	type result struct {
-		c   *tls.Conn
+		c   clientConn
 		err error
 	}
 	dialed := make(chan result, 1)
 	go func() {
-		c, err := tls.Dial("tcp", ln.Addr().String(), &tls.Config{InsecureSkipVerify: true, MinVersion: version, MaxVersion: version})
+		c, err := dial(ln.Addr().String())
 		dialed <- result{c, err}
 	}()
 	tcp, err := ln.Accept()
@@ -289,6 +303,15 @@ func newSession(t *testing.T, mode ktls.Mode, version uint16) *sess {
 	}
 	if s.cargo.Record, err = st.MarshalRecord(); err != nil {
 		t.Fatal(err)
+	}
+	if st.Layer() == ktls.LayerKernel {
+		b, err := st.MarshalSecrets()
+		if err == nil {
+			s.keys, err = ktls.ParseSecrets(b)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 	st.Wipe()
 	rc, err := sock.SyscallConn()
@@ -322,6 +345,17 @@ func (s *sess) item(e wire.Epoch) wire.Item {
 }
 
 func (s *sess) ref(e wire.Epoch) wire.Ref { return wire.Ref{ID: s.id, Epoch: e} }
+
+// tcp is the client's TCP connection.
+func (s *sess) tcp() *net.TCPConn {
+	switch c := s.cli.(type) {
+	case *tls.Conn:
+		return c.NetConn().(*net.TCPConn)
+	case *ktls.Conn:
+		return c.Socket().(*net.TCPConn)
+	}
+	return nil
+}
 
 // own is the supervisor's record of its own session: id and epoch of the ownership.
 func (s *sess) own() wire.Ref { return s.ref(s.epoch) }

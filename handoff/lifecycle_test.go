@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"net"
 	"os"
 	"runtime"
 	"strings"
@@ -291,13 +290,13 @@ func TestReasons(t *testing.T) {
 		text   string
 	}{
 		{"peer closes", echoHandler, func(s *sess) { _ = s.cli.CloseWrite() }, wire.ReasonPeer, ""},
-		{"peer vanishes", echoHandler, func(s *sess) { _ = s.cli.NetConn().Close() }, wire.ReasonPeerAbrupt, "close_notify"},
+		{"peer vanishes", echoHandler, func(s *sess) { _ = s.tcp().Close() }, wire.ReasonPeerAbrupt, "close_notify"},
 		{"peer resets", echoHandler, func(s *sess) {
-			_ = s.cli.NetConn().(*net.TCPConn).SetLinger(0)
-			_ = s.cli.NetConn().Close()
+			_ = s.tcp().SetLinger(0)
+			_ = s.tcp().Close()
 		}, wire.ReasonPeerAbrupt, "reset"},
 		{"garbage", echoHandler, func(s *sess) {
-			_, _ = s.cli.NetConn().Write([]byte("\x17\x03\x03\x00\x20 this is not an encrypted record "))
+			_, _ = s.tcp().Write([]byte("\x17\x03\x03\x00\x20 this is not an encrypted record "))
 		}, wire.ReasonProtocol, "bad_record_mac"},
 		{"handler returns nil", func(context.Context, *Conn) error { return nil }, nil, wire.ReasonOwner, ""},
 		{"handler closes", func(_ context.Context, c *Conn) error { _ = c.Close(); return errApp }, nil, wire.ReasonOwner, "cheese"},
@@ -360,8 +359,8 @@ func TestPeerResetsInFreeze(t *testing.T) {
 	}
 	p.refs(wire.TypeFreeze, s.ref(e))
 	<-c.Moving()
-	_ = s.cli.NetConn().(*net.TCPConn).SetLinger(0)
-	_ = s.cli.NetConn().Close()
+	_ = s.tcp().SetLinger(0)
+	_ = s.tcp().Close()
 	p.expectClosed(s, wire.ReasonPeerAbrupt)
 	p.quiet(wire.TypeParked)
 }

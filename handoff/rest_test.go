@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"net"
 	"testing"
 	"time"
 
@@ -121,8 +120,8 @@ func TestRestEnds(t *testing.T) {
 	})
 	t.Run("reset by the peer", func(t *testing.T) {
 		p, s, _ := resting(t)
-		_ = s.cli.NetConn().(*net.TCPConn).SetLinger(0)
-		_ = s.cli.NetConn().Close()
+		_ = s.tcp().SetLinger(0)
+		_ = s.tcp().Close()
 		if m := p.expect(wire.TypeClosed); m.Closed[0].Ref != s.own() {
 			t.Errorf("CLOSED %+v", m.Closed)
 		}
