@@ -97,6 +97,21 @@ func (c *Capabilities) Supports(version, suite uint16) (ok bool, reason string) 
 	return true, ""
 }
 
+// changesKeys reports whether the kernel can follow whatever changes of keys a version
+// of TLS has; reason is for Config.RequireRekey.
+func (c *Capabilities) changesKeys(version uint16) (ok bool, reason string) {
+	if version != tls.VersionTLS13 || c.Rekey {
+		return true, ""
+	}
+	reason = "this kernel cannot change keys, which is required"
+	for i := range c.Checks {
+		if k := &c.Checks[i]; k.Feature == FeatureRekey && k.Status != StatusSupported && k.Remedy != "" {
+			return false, reason + " (" + k.Remedy + ")"
+		}
+	}
+	return false, reason
+}
+
 // Table renders the checks for people: a header, then one row a check, in a stable
 // order.
 func (c *Capabilities) Table() [][]string {

@@ -101,6 +101,12 @@ type Config struct {
 	// Mode chooses the record layer. The zero value is ModeAuto.
 	Mode Mode
 
+	// RequireRekey keeps sessions of TLS 1.3 out of a kernel that cannot change their
+	// keys (before Linux 6.14), where a KeyUpdate of the peer would be their end: with
+	// ModeAuto they get the software layer, with ModeKernel the handshake fails with
+	// ErrNoKernelTLS. TLS 1.2 has no KeyUpdate, so it changes nothing there.
+	RequireRekey bool
+
 	// HandshakeTimeout bounds the whole handshake; 0 is DefaultHandshakeTimeout.
 	HandshakeTimeout time.Duration
 

@@ -90,7 +90,7 @@ func handshake(ctx context.Context, c *net.TCPConn, cfg *Config, client bool, st
 			return nil, err
 		}
 	}
-	conn, err := w.offload(c, &cs, cfg.Mode, kernel, reason)
+	conn, err := w.offload(c, &cs, cfg, kernel, reason)
 	if err != nil {
 		return nil, err
 	}
@@ -128,7 +128,8 @@ func chooseBefore(c *net.TCPConn, mode Mode) (kernel bool, reason string, err er
 }
 
 // offload makes the Conn of a finished handshake.
-func (w *wire) offload(c *net.TCPConn, cs *tls.ConnectionState, mode Mode, kernel bool, reason string) (*Conn, error) {
+func (w *wire) offload(c *net.TCPConn, cs *tls.ConnectionState, cfg *Config, kernel bool, reason string) (*Conn, error) {
+	mode := cfg.Mode
 	p := params{version: cs.Version, suite: cs.CipherSuite, client: w.client}
 	tx, rx, err := w.directions(p)
 	defer tx.wipe()
@@ -144,7 +145,10 @@ func (w *wire) offload(c *net.TCPConn, cs *tls.ConnectionState, mode Mode, kerne
 	}
 
 	if kernel {
-		if kernel, reason = supportsKernel(p.version, p.suite); !kernel && mode == ModeKernel {
+		if kernel, reason = supportsKernel(p.version, p.suite); kernel && cfg.RequireRekey {
+			kernel, reason = changesKeys(p.version)
+		}
+		if !kernel && mode == ModeKernel {
 			return nil, fmt.Errorf("%w: %s", ErrNoKernelTLS, reason)
 		}
 	}

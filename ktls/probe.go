@@ -25,6 +25,11 @@ func supportsKernel(version, suite uint16) (ok bool, reason string) {
 	return kernelProbe.ask(probeAgain).Supports(version, suite)
 }
 
+// changesKeys is Capabilities.changesKeys of this kernel.
+func changesKeys(version uint16) (ok bool, reason string) {
+	return kernelProbe.ask(probeAgain).changesKeys(version)
+}
+
 // kernelPossible reports whether attaching the ULP to a new connection is worth it.
 func kernelPossible() (ok bool, reason string) {
 	caps := kernelProbe.ask(probeAgain)

@@ -37,7 +37,7 @@ func (a *app) checkCommand() *cobra.Command {
 		Short: "Check a configuration file without using it",
 		Long: `Check a configuration file: every problem is reported, with file, line, key and
 what to do about it; also a pool with offload = "kernel" where this machine has no
-kernel TLS. Nothing is started or bound.
+kernel TLS, or none that can change keys and the pool has rekey = "require". Nothing is started or bound.
 
 Exit code 0: the configuration is good; 1: it is not.`,
 		Example: `  ktlsvisor check -c ktlsvisor.toml`,

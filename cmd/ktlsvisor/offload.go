@@ -27,17 +27,35 @@ func kernelMissing(caps *ktls.Capabilities) (reason, remedy string, ok bool) {
 	return reason, remedy, false
 }
 
-// checkKernel finds the pools of cfg that could serve nobody on this machine, because
-// they insist on kernel TLS.
+// checkKernel finds the pools of cfg that could serve nobody on this machine, or nobody
+// with TLS 1.3, because they insist on kernel TLS, or on changes of keys in it.
 func checkKernel(cfg *config.Config, probe func() *ktls.Capabilities) error {
 	if !cfg.NeedsKernel() {
 		return nil
 	}
-	reason, remedy, ok := kernelMissing(probe())
-	if ok {
-		return nil
+	caps := probe()
+	if reason, remedy, ok := kernelMissing(caps); !ok {
+		return cfg.KernelMissing(reason, remedy)
 	}
-	return cfg.KernelMissing(reason, remedy)
+	if cfg.NeedsRekey() && !caps.Rekey {
+		return cfg.RekeyMissing(rekeyMissing(caps))
+	}
+	return nil
+}
+
+// rekeyMissing says why the kernel cannot change keys, and what to do about it.
+func rekeyMissing(caps *ktls.Capabilities) (reason, remedy string) {
+	reason, remedy = "the probe did not find that it can", `see "ktlsvisor doctor"`
+	for _, c := range caps.Checks {
+		if c.Feature == ktls.FeatureRekey && c.Status != ktls.StatusSupported && c.Reason != "" {
+			reason = c.Reason
+			if c.Remedy != "" {
+				remedy = "it takes " + c.Remedy
+			}
+			break
+		}
+	}
+	return reason, remedy
 }
 
 // checkOffload is for commands that have --offload and no configuration.
@@ -63,7 +81,7 @@ func wrongFlags(err error) bool {
 	}
 	for _, e := range all {
 		switch e.Key {
-		case "--listen", "--workers", "--offload", "--pool":
+		case "--listen", "--workers", "--offload", "--rekey", "--pool":
 			return true
 		}
 	}

@@ -76,7 +76,9 @@ SIGTERM and SIGINT end it properly, as "ktlsvisor stop" does; a second one ends 
 at once. Logs go to stderr, and so does what workers print.
 
 With --offload kernel (or offload = "kernel" in the file) it does not start on a
-machine without kernel TLS.
+machine without kernel TLS. With --rekey require, sessions of TLS 1.3 use the software
+layer on kernels that cannot change keys (before Linux 6.14), where a client's
+KeyUpdate would otherwise end its session.
 
 Exit code 0: stopped as asked; 1: could not serve; 2: the command line is wrong.`,
 		Example: `  ktlsvisor run -c ktlsvisor.toml
@@ -103,6 +105,7 @@ Exit code 0: stopped as asked; 1: could not serve; 2: the command line is wrong.
 	fl.StringVar(&f.Key, "key", "", "the certificate's private key, a PEM `file`")
 	fl.IntVar(&f.Workers, "workers", config.DefaultWorkers, "worker processes")
 	fl.StringVar(&f.Offload, "offload", config.OffloadAuto, "record layer: auto, kernel or software")
+	fl.StringVar(&f.Rekey, "rekey", config.RekeyAuto, "auto, or require: TLS 1.3 only where its keys can be changed")
 	fl.StringVar(&f.Pool, "pool", config.DefaultPool, "name of the pool that the workers form")
 	log.add(cmd)
 	return cmd
@@ -115,7 +118,7 @@ func (a *app) runConfig(cmd *cobra.Command, f *runFlags, args []string) (*config
 	case dash > 0, dash < 0 && len(args) > 0:
 		return nil, usagef("%q is not a flag; the worker's command comes after \"--\"", args[0])
 	case f.file != "":
-		for _, name := range []string{"listen", "self-signed", "cert", "key", "workers", "offload", "pool"} {
+		for _, name := range []string{"listen", "self-signed", "cert", "key", "workers", "offload", "rekey", "pool"} {
 			if cmd.Flags().Changed(name) {
 				return nil, usagef("--%s does not go with -c: it belongs into %s", name, f.file)
 			}

@@ -35,6 +35,12 @@ const (
 	OffloadSoftware = "software"
 )
 
+// Values of Pool.Rekey: whether sessions must be able to change their keys.
+const (
+	RekeyAuto    = "auto"    // where the record layer can
+	RekeyRequire = "require" // TLS 1.3 stays out of a kernel that cannot (before Linux 6.14)
+)
+
 // Config is a whole configuration. What Load, Parse and FromFlags return is complete:
 // defaults are filled in, every listener names its pool, its certificate and its
 // lowest version, and every path is absolute. The JSON keys are the TOML keys.
@@ -86,6 +92,7 @@ type Pool struct {
 	Workers       int               `json:"workers"`
 	Dispatch      string            `json:"dispatch"`
 	Offload       string            `json:"offload"`
+	Rekey         string            `json:"rekey"`
 	ReadyTimeout  Duration          `json:"ready_timeout"`
 	FreezeTimeout Duration          `json:"freeze_timeout"`
 	StopTimeout   Duration          `json:"stop_timeout"`
@@ -126,6 +133,7 @@ func NewPool() Pool {
 		Workers:       DefaultWorkers,
 		Dispatch:      DispatchLeastSessions,
 		Offload:       OffloadAuto,
+		Rekey:         RekeyAuto,
 		ReadyTimeout:  DefaultReadyTimeout,
 		FreezeTimeout: DefaultFreezeTimeout,
 		StopTimeout:   DefaultStopTimeout,

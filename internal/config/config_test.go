@@ -227,7 +227,7 @@ func TestFlagsAndFileGiveTheSame(t *testing.T) {
 	t.Chdir(dir)
 	flags, err := FromFlags(Flags{
 		Listen: []string{"127.0.0.1:1", "127.0.0.1:2"}, Cert: "cert.pem", Key: "key.pem",
-		Workers: 2, Offload: "kernel", Admin: "admin.sock", Command: []string{"tool", "-x"},
+		Workers: 2, Offload: "kernel", Rekey: "require", Admin: "admin.sock", Command: []string{"tool", "-x"},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -236,7 +236,7 @@ func TestFlagsAndFileGiveTheSame(t *testing.T) {
 admin = "admin.sock"
 tls = { cert = "cert.pem", key = "key.pem" }
 listener = [{ address = "127.0.0.1:1" }, { address = "127.0.0.1:2" }]
-pool = [{ command = ["tool", "-x"], workers = 2, offload = "kernel" }]`))
+pool = [{ command = ["tool", "-x"], workers = 2, offload = "kernel", rekey = "require" }]`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -258,9 +258,10 @@ COMMAND: there is no command to run; put it after --, as in -- ./worker --flag`}
 			`--listen :1: there is no certificate for this listener; add --cert FILE --key FILE, or --self-signed to try things out`},
 		"pool's name": {Flags{Listen: []string{":1"}, SelfSigned: true, Workers: 1, Pool: "a b", Command: []string{"tool"}},
 			`--pool: "a b" is no name of a pool; use 1 to 64 of the characters a-z A-Z 0-9 . _ -`},
-		"values": {Flags{Listen: []string{":1", "localhost:1"}, SelfSigned: true, Offload: "off", Command: []string{"./nosuch"}},
+		"values": {Flags{Listen: []string{":1", "localhost:1"}, SelfSigned: true, Offload: "off", Rekey: "never", Command: []string{"./nosuch"}},
 			`--listen: "localhost:1" overlaps with ":1" of --listen; give each listener its own address, or keep only the one for every address
 --offload: "off" leaves sessions without a record layer that can be moved, so none would survive its process; use "auto", "kernel" or "software"
+--rekey: "never" is not a choice here; use "auto" or "require"
 --workers: 0 workers are not possible; give a number from 1 to 1024, or leave it out for 1
 COMMAND: ` + dir + `/nosuch does not exist; build or install it, or correct the path`},
 	} {
@@ -307,6 +308,43 @@ offload = "kernel"`))
 		}
 		if err := cfg.KernelMissing("no module", "load it"); cfg.NeedsKernel() || err != nil {
 			t.Errorf("without kernel: needs %v, %v", cfg.NeedsKernel(), err)
+		}
+	}
+}
+
+func TestRekeyMissing(t *testing.T) {
+	dir := fixtures(t)
+	t.Chdir(dir)
+	file, err := Parse("k.toml", []byte(`self_signed = true
+listener = [{ address = "127.0.0.1:1", pool = "b" }]
+[[pool]]
+name = "a"
+command = ["tool"]
+rekey = "require"
+[[pool]]
+name = "b"
+command = ["tool"]
+offload = "kernel"
+rekey = "require"`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	flags, err := FromFlags(Flags{Listen: []string{":1"}, SelfSigned: true, Workers: 1, Offload: OffloadKernel, Rekey: RekeyRequire, Command: []string{"tool"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for cfg, want := range map[*Config]string{
+		file:  `k.toml:11: pool[1].rekey: TLS 1.3 could not be served: kernel TLS here cannot change keys: set once; it takes a new one, or use offload = "auto" for the software layer`,
+		flags: `--rekey: TLS 1.3 could not be served: kernel TLS here cannot change keys: set once; it takes a new one, or use --offload auto for the software layer`,
+	} {
+		if err := cfg.RekeyMissing("set once", "it takes a new one"); !cfg.NeedsRekey() || err == nil || err.Error() != want {
+			t.Errorf("needs %v: %v; want %s", cfg.NeedsRekey(), err, want)
+		}
+		for i := range cfg.Pools {
+			cfg.Pools[i].Offload = OffloadAuto // TLS 1.3 goes to the software layer
+		}
+		if err := cfg.RekeyMissing("", ""); cfg.NeedsRekey() || err != nil {
+			t.Errorf("with auto: needs %v, %v", cfg.NeedsRekey(), err)
 		}
 	}
 }

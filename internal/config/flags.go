@@ -13,6 +13,7 @@ type Flags struct {
 	Cert, Key  string   // --cert, --key
 	Workers    int      // --workers, whose default is DefaultWorkers; 0 is refused
 	Offload    string   // --offload; empty for the default
+	Rekey      string   // --rekey; empty for the default
 	Pool       string   // --pool; empty for DefaultPool
 	Admin      string   // --admin
 	Command    []string // what stands after --
@@ -38,6 +39,7 @@ func FromFlags(f Flags) (*Config, error) {
 		"pool[0].command": "COMMAND",
 		"pool[0].workers": "--workers",
 		"pool[0].offload": "--offload",
+		"pool[0].rekey":   "--rekey",
 	}}
 	c.Admin, c.SelfSigned = f.Admin, f.SelfSigned
 	c.TLS.Cert, c.TLS.Key = f.Cert, f.Key
@@ -52,6 +54,9 @@ func FromFlags(f Flags) (*Config, error) {
 	pool.Command, pool.Workers = slices.Clone(f.Command), f.Workers
 	if f.Offload != "" {
 		pool.Offload = f.Offload
+	}
+	if f.Rekey != "" {
+		pool.Rekey = f.Rekey
 	}
 	c.Pools = []Pool{pool}
 	c.complete(base)

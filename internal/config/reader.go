@@ -66,6 +66,7 @@ func (r *reader) config(c *Config, tree map[string]any) {
 					"workers":        r.number(&p.Workers),
 					"dispatch":       r.text(&p.Dispatch),
 					"offload":        r.text(&p.Offload),
+					"rekey":          r.text(&p.Rekey),
 					"ready_timeout":  r.duration(&p.ReadyTimeout),
 					"freeze_timeout": r.duration(&p.FreezeTimeout),
 					"stop_timeout":   r.duration(&p.StopTimeout),

@@ -86,6 +86,7 @@ func (c *Config) validatePool(p *problems, pool *Pool, key string) {
 	} else {
 		choice(p, key+".offload", pool.Offload, OffloadAuto, OffloadKernel, OffloadSoftware)
 	}
+	choice(p, key+".rekey", pool.Rekey, RekeyAuto, RekeyRequire)
 	c.duration(p, key+".ready_timeout", pool.ReadyTimeout)
 	c.duration(p, key+".freeze_timeout", pool.FreezeTimeout)
 	c.duration(p, key+".stop_timeout", pool.StopTimeout)

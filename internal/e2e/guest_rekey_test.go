@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -126,5 +127,39 @@ func TestKernelLayerWithoutRekeyEndsCleanly(t *testing.T) {
 	st = u.await("the session's end", func(st *admin.Status) bool { return st.Sessions.Total == 0 })
 	if n := st.Reasons["key update on a kernel that cannot rekey"]; n != 1 {
 		t.Errorf("reasons %v", st.Reasons)
+	}
+}
+
+// rekey = "require": on a kernel that cannot change keys TLS 1.3 stays out of it, and a
+// client's KeyUpdate is followed all the same; TLS 1.2 and newer kernels are unaffected.
+func TestKernelLayerRequireRekey(t *testing.T) {
+	guest.NeedKernelTLS(t)
+	u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{echo(t)}, "", `rekey = "require"`)}})
+	rekey := u.settled(0).Kernel.Rekey
+	const each = 3
+	f := u.fleet(each, changingKeys(2))
+	old := u.fleet(each, func(o *load.Options) { o.Version = tls.VersionTLS12 })
+	u.settled(2 * each)
+	list, err := u.Admin.Sessions(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range list {
+		kernel := rekey || s.Version == tls.VersionName(tls.VersionTLS12)
+		if kernel != (s.Layer == "kernel") || kernel != (s.Reason == "") || !kernel && !strings.Contains(s.Reason, "cannot change keys") {
+			t.Errorf("%s in the %s layer, reason %q; this kernel changes keys: %v", s.Version, s.Layer, s.Reason, rekey)
+		}
+	}
+	f.advance()
+	f.advance()
+	old.advance()
+	for _, f := range []*fleet{f, old} {
+		if err := f.stop().Err(); err != nil {
+			t.Error(err)
+		}
+	}
+	st := u.await("all sessions to have ended", func(st *admin.Status) bool { return st.Sessions.Total == 0 })
+	if c := st.Counters; c.ClosedByPeer != 2*each {
+		t.Errorf("counters %+v, reasons %v", c, st.Reasons)
 	}
 }

@@ -145,13 +145,14 @@ func (s *Supervisor) listenerConfig(ctx context.Context, i int, c *config.Listen
 		return nil, err
 	}
 	tc.SetSessionTicketKeys([][32]byte{ticket})
-	mode := ktls.ModeAuto
+	mode, rekey := ktls.ModeAuto, false
 	if p := s.cfg.Pool(c.Pool); p != nil {
 		if mode, err = ktls.ParseMode(p.Offload); err != nil {
 			return nil, err
 		}
+		rekey = p.Rekey == config.RekeyRequire
 	}
-	return &ktls.Config{TLS: tc, Mode: mode, HandshakeTimeout: time.Duration(s.cfg.HandshakeTimeout)}, nil
+	return &ktls.Config{TLS: tc, Mode: mode, RequireRekey: rekey, HandshakeTimeout: time.Duration(s.cfg.HandshakeTimeout)}, nil
 }
 
 // putBlob stores data in a sealed memory file: it may be secret, and the keeper
