@@ -11,14 +11,15 @@ const (
 	exitFailed  = 1 // failed, refused, or rolled back; nothing was lost
 	exitUsage   = 2
 	exitLost    = 3 // something was lost
-	exitStay    = 4 // some sessions stay with the old generation for now
+	exitStay    = 4 // some sessions stay with the old generation, or their old keys, for now
 	exitSignal  = 130
 	exitCodeDoc = `Exit codes:
   0  done (upgrade: everything moved)
   1  failed, refused or rolled back; nothing was lost
   2  the command line is wrong
   3  something was lost
-  4  upgrade: some sessions stay with the old generation for now`
+  4  upgrade: some sessions stay with the old generation for now; rekey: with
+     their old keys`
 )
 
 // codedError ends the command with a code. Without an error nothing more is

@@ -61,6 +61,7 @@ $XDG_RUNTIME_DIR/ktlsvisor.sock, else /run/ktlsvisor.sock)`)
 		a.upgradeCommand(),
 		a.statusCommand(),
 		a.sessionsCommand(),
+		a.rekeyCommand(),
 		a.stopCommand(),
 		a.checkCommand(),
 		a.doctorCommand(),

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/admin"
 	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
@@ -33,6 +35,7 @@ func TestScript(t *testing.T) {
 			"exits":      cmdExits,
 			"eventually": cmdEventually,
 			"terminate":  cmdTerminate,
+			"listener":   cmdListener,
 		},
 		Condition: func(cond string) (bool, error) {
 			if cond != "ktls" {
@@ -100,4 +103,18 @@ func cmdTerminate(ts *testscript.TestScript, neg bool, args []string) {
 	for _, c := range ts.BackgroundCmds() {
 		ts.Check(c.Process.Signal(syscall.SIGTERM))
 	}
+}
+
+// cmdListener sets ADDR to the first listener's address, from "status --json".
+func cmdListener(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) > 0 {
+		ts.Fatalf("usage: listener")
+	}
+	ts.Check(ts.Exec("ktlsvisor", "status", "--json"))
+	var st admin.Status
+	ts.Check(json.Unmarshal([]byte(ts.ReadFile("stdout")), &st))
+	if len(st.Listeners) == 0 {
+		ts.Fatalf("no listener")
+	}
+	ts.Setenv("ADDR", st.Listeners[0].Address)
 }

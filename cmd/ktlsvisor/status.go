@@ -49,6 +49,7 @@ func printStatus(w io.Writer, st *admin.Status) {
 		{"sessions", sessionsText(st.Sessions)},
 		{"handshakes", fmt.Sprintf("%d accepted, %d failed, %d timed out, %d refused", st.Counters.Accepted, st.Handshakes.Failed, st.Handshakes.TimedOut, st.Handshakes.Refused)},
 		{"moves", fmt.Sprintf("%d moved, %d returned, %d interrupted, %d lost", st.Counters.Moved, st.Counters.Returned, st.Counters.Interrupted, st.Counters.Lost)},
+		{"keys", fmt.Sprintf("%d changed in the kernel", st.Counters.KeyUpdates)},
 		{"closed", closedText(st)},
 	})
 	fmt.Fprintln(w)

@@ -33,7 +33,12 @@ type fakeBackend struct {
 	status   func() (*Status, error)
 	sessions []Session
 	upgrade  func(context.Context, UpgradeRequest, func(Progress)) (*UpgradeReport, error)
+	rekey    func(context.Context, RekeyRequest, func(Progress)) (*RekeyReport, error)
 	stop     func(context.Context, time.Duration) error
+}
+
+func (b *fakeBackend) Rekey(ctx context.Context, r RekeyRequest, p func(Progress)) (*RekeyReport, error) {
+	return b.rekey(ctx, r, p)
 }
 
 func (b *fakeBackend) Status(context.Context) (*Status, error) {

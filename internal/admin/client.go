@@ -84,6 +84,18 @@ func (c *Client) UpgradeSupervisor(ctx context.Context, progress func(Progress))
 	return &rep, nil
 }
 
+// Rekey changes the sending keys of sessions; otherwise as Upgrade.
+func (c *Client) Rekey(ctx context.Context, r RekeyRequest, progress func(Progress)) (*RekeyReport, error) {
+	if err := r.check(); err != nil {
+		return nil, err
+	}
+	var rep RekeyReport
+	if err := c.operate(ctx, "/v1/rekey", r, &rep, progress); err != nil {
+		return nil, err
+	}
+	return &rep, nil
+}
+
 // Stop ends the unit and blocks until nothing listens on the socket any more, that
 // is until the keeper, too, is gone. 0 means the supervisor's default grace.
 func (c *Client) Stop(ctx context.Context, grace time.Duration) error {

@@ -122,6 +122,19 @@ func (s *server) handler() http.Handler {
 			return s.backend.UpgradeSupervisor(ctx, progress)
 		})
 	})
+	mux.HandleFunc("POST /v1/rekey", func(w http.ResponseWriter, r *http.Request) {
+		var req RekeyRequest
+		if !s.decode(w, r, &req) {
+			return
+		}
+		if err := req.check(); err != nil {
+			s.fail(w, err)
+			return
+		}
+		s.operation(w, r, "change of keys", func(ctx context.Context, progress func(Progress)) (any, error) {
+			return s.backend.Rekey(ctx, req, progress)
+		})
+	})
 	mux.HandleFunc("POST /v1/stop", func(w http.ResponseWriter, r *http.Request) {
 		var req StopRequest
 		if !s.decode(w, r, &req) {

@@ -119,7 +119,7 @@ type UpgradeRequest struct {
 	Wait    time.Duration `json:"wait,omitempty"`    // how long to ask sessions at no safe point again; 0: 30 s
 }
 
-// Outcome is the result of an upgrade; its value is the command's exit code.
+// Outcome is the result of an upgrade or of a change of keys; its value is the command's exit code.
 type Outcome int
 
 // Outcomes, by the command-line contract.
@@ -127,7 +127,7 @@ const (
 	OutcomeMoved   Outcome = 0 // everything moved
 	OutcomeRefused Outcome = 1 // refused or rolled back, nothing lost
 	OutcomeLost    Outcome = 3 // something was lost
-	OutcomeStay    Outcome = 4 // some sessions stay with the old generation for now
+	OutcomeStay    Outcome = 4 // some sessions stay as they are, with the old generation or the old keys, for now
 )
 
 // UpgradeReport is what an upgrade did.
@@ -207,6 +207,9 @@ type Backend interface {
 	// UpgradeSupervisor replaces the supervisor itself; this process exits soon
 	// after the answer has been sent.
 	UpgradeSupervisor(ctx context.Context, progress func(Progress)) (*SupervisorReport, error)
+	// Rekey has KeyUpdates sent, and blocks until that is done or its time is over. An
+	// error means that nothing was started.
+	Rekey(ctx context.Context, r RekeyRequest, progress func(Progress)) (*RekeyReport, error)
 	// Stop ends the unit: no new connections, sessions closed with close_notify
 	// within grace.
 	Stop(ctx context.Context, grace time.Duration) error

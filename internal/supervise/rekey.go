@@ -2,7 +2,6 @@ package supervise
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"time"
@@ -372,6 +371,7 @@ func (s *Supervisor) onPaused(ss *session, m *wire.Rekey) {
 	})
 }
 
+// errMovesFirst is about a KeyUpdate that stays owed.
 var errMovesFirst = errors.New("the session is on its way to another worker, which will send it")
 
 func doubt(err error, was, is uint64) error {
@@ -527,7 +527,11 @@ func (s *Supervisor) parkedKeys(ss *session) error {
 	if r.rx || r.stage > stagePausing && r.stage != stageSelf {
 		return fmt.Errorf("%w: PARKED for session %s, whose keys are being changed", wire.ErrProtocol, sid(ss.id))
 	}
-	if r.stage != stageNone {
+	switch r.stage {
+	case stageNone:
+	case stageSelf:
+		s.endUpdate(ss, errOnTheMove)
+	default:
 		s.endUpdate(ss, errMovesFirst)
 	}
 	ss.rest()
@@ -618,37 +622,4 @@ func (s *Supervisor) settleKeys(ss *session, done func()) {
 		ss.rekey = &rekeying{}
 		done()
 	})
-}
-
-// updateKeys is the operator's word: a KeyUpdate for one session. then is told how it
-// went.
-func (s *Supervisor) updateKeys(ss *session, request bool, then func(error)) {
-	f, err := s.led.facts(ss.slot)
-	switch {
-	case err != nil:
-	case f.Version != tls.VersionTLS13:
-		err = errors.New("TLS 1.2 has no KeyUpdate")
-	case !ss.software && !s.kernel.Rekey:
-		err = errors.New("this kernel cannot change keys (6.14 or newer can)")
-	case ss.owner == nil || ss.attempt != nil || !ss.owner.usable():
-		err = errMovesFirst
-	}
-	if err != nil {
-		then(err)
-		return
-	}
-	r := ss.change()
-	r.waiters = append(r.waiters, then)
-	r.retryAt = time.Time{}
-	o := owesUpdate
-	if request {
-		o |= owesRequest
-	}
-	switch {
-	case !ss.software:
-		s.startUpdate(ss, o)
-	case r.stage == stageNone:
-		r.stage = stageSelf
-		s.sayRekey(ss, wire.TypeUpdate, wire.Rekey{Request: request})
-	}
 }

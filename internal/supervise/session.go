@@ -1,7 +1,6 @@
 package supervise
 
 import (
-	"errors"
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
@@ -110,7 +109,7 @@ func (s *Supervisor) end(ss *session) {
 	s.leaveGroup(ss)
 	if r := ss.rekey; r != nil {
 		for _, f := range r.waiters {
-			f(errors.New("the session has ended"))
+			f(errSessionEnded)
 		}
 		ss.rekey = nil
 	}
