@@ -3,7 +3,7 @@ package ktls
 import "sync"
 
 // Buffers are held only while a record is in progress, so that an idle session
-// costs none. Three sizes: a half-received record waits in the smallest that
+// costs none. Four sizes: a half-received record waits in the smallest that
 // fits, so that slow or hostile peers cannot make many sessions hold a large one.
 const (
 	recordHeaderLen = 5
@@ -14,8 +14,13 @@ const (
 
 	smallBuf = 4 << 10
 	midBuf   = recordHeaderLen + maxCiphertext12
-	// bigBuf has room for four full records, sent or received in one system call.
+	// bigBuf has room for four full records, received in one system call.
 	bigBuf = 4 * (maxPlaintext + 128)
+	// sendBuf has room for six full records, for large writes; eight and sixteen gained
+	// nothing more when measured.
+	sendBuf = sendRecords * (maxPlaintext + 64)
+
+	sendRecords = 6
 )
 
 type buffer struct {
@@ -26,6 +31,7 @@ var (
 	smallPool = sync.Pool{New: func() any { return &buffer{make([]byte, smallBuf)} }}
 	midPool   = sync.Pool{New: func() any { return &buffer{make([]byte, midBuf)} }}
 	bigPool   = sync.Pool{New: func() any { return &buffer{make([]byte, bigBuf)} }}
+	sendPool  = sync.Pool{New: func() any { return &buffer{make([]byte, sendBuf)} }}
 )
 
 // getBuffer returns a buffer of at least n bytes with unspecified content.
@@ -37,6 +43,8 @@ func getBuffer(n int) *buffer {
 		return midPool.Get().(*buffer)
 	case n <= bigBuf:
 		return bigPool.Get().(*buffer)
+	case n <= sendBuf:
+		return sendPool.Get().(*buffer)
 	}
 	return &buffer{make([]byte, n)}
 }
@@ -49,5 +57,7 @@ func putBuffer(b *buffer) {
 		midPool.Put(b)
 	case bigBuf:
 		bigPool.Put(b)
+	case sendBuf:
+		sendPool.Put(b)
 	}
 }

@@ -110,7 +110,7 @@ func (l *softLayer) write(p []byte) (int, error) {
 	taken := 0
 	for taken < len(p) {
 		// Several full records a system call, but never more than one buffer.
-		batch := min(len(p)-taken, bigBuf/w.sealedLen(maxPlaintext)*maxPlaintext)
+		batch := min(len(p)-taken, sendRecords*maxPlaintext)
 		records := (batch + maxPlaintext - 1) / maxPlaintext
 		w.room(batch + records*w.sealedLen(0))
 		for batch > 0 {
