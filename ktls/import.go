@@ -151,6 +151,10 @@ func (r *record) restore(c *Conn) {
 	c.owed.Store(r.Owed)
 	c.asked.Store(r.Asked)
 	c.rxUsed, c.txUsed, c.rxGen, c.txGen = r.RXUsed, r.TXUsed, r.RXGen, r.TXGen
+	if l, ok := c.layer.(*kernelLayer); ok && !l.wire.known {
+		tx, rx := l.used()
+		c.txUsed, c.rxUsed = max(c.txUsed, tx), max(c.rxUsed, rx)
+	}
 	c.floods = floods{r.Empties, r.Warnings, r.Handshakes}
 	c.noteBuffered()
 	c.notePending()

@@ -285,6 +285,16 @@ func TCPWritten(fd int) (uint64, error) {
 	return 0, fmt.Errorf("TCP_INFO: %w", unix.EAGAIN)
 }
 
+// TCPReceived returns how many bytes a TCP socket has received since it was connected,
+// read or not. A FIN may count as one.
+func TCPReceived(fd int) (uint64, error) {
+	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	if err != nil {
+		return 0, fmt.Errorf("TCP_INFO: %w", err)
+	}
+	return info.Bytes_received, nil
+}
+
 // IsWritable reports whether a third of the socket's send buffer is free (POLLOUT).
 func IsWritable(fd int) bool {
 	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
