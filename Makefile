@@ -2,10 +2,11 @@
 # programs, so that it is the same everywhere.
 GO ?= go
 BIN ?= bin
+FUZZTIME ?= 3s
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 export KERNELS VMTEST_PKG VMTEST_RUN VMTEST_WITHOUT VMTEST_VERBOSE VMTEST_JSON VMTEST_MIRROR KERNEL MODULES
 
-.PHONY: help build demo drill test vmtest lint bench bogo
+.PHONY: help build demo drill test fuzz vmtest lint bench bogo
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,9 +20,13 @@ demo: build ## everything at once on this machine, with real clients
 drill: build ## a thousand clients through upgrades and kills: how long anyone had to wait
 	$(GO) run ./internal/e2e/cmd/drill -bin $(BIN)
 
-test: ## vet, host tests with the race detector, then the guests
+test: ## vet, a short fuzzing, host tests with the race detector, then the guests
 	$(GO) vet ./...
+	$(GO) run ./internal/vmtest/cmd/fuzz -time $(FUZZTIME)
 	$(GO) run ./internal/vmtest/cmd/vmtest -host
+
+fuzz: ## every fuzz target for FUZZTIME each: FUZZTIME=1m FUZZ_RUN=ktls/FuzzWire
+	$(GO) run ./internal/vmtest/cmd/fuzz -time $(FUZZTIME) -run '$(FUZZ_RUN)'
 
 vmtest: ## the tests on real kernels in QEMU: KERNELS="6.1 7" VMTEST_PKG= VMTEST_RUN= VMTEST_VERBOSE=1
 	$(GO) run ./internal/vmtest/cmd/vmtest

@@ -11,13 +11,16 @@ import (
 
 // FuzzRecords lets the fuzzer write the peer's records: pairs of a type and a
 // length, the content, all sealed properly. The session must deliver exactly the
-// data, and end with an error that Conn documents.
+// data, over a move after every read if the fuzzer wants, and end with an error that
+// Conn documents.
 func FuzzRecords(f *testing.F) {
-	f.Add([]byte("\x17\x05hello\x15\x02\x01\x00"), uint8(0), uint8(3))
-	f.Add([]byte("\x16\x05\x18\x00\x00\x01\x01\x17\x01x"), uint8(1), uint8(5))
-	f.Add([]byte("\x16\x03\x18\x00\x00\x16\x02\x01\x00\x17\x00"), uint8(2), uint8(1))
-	f.Add([]byte("\x16\x04\x01\x00\x00\x00\x17\x01y"), uint8(3), uint8(200))
-	f.Fuzz(func(t *testing.T, script []byte, suite, readSize uint8) {
+	f.Add([]byte("\x17\x05hello\x15\x02\x01\x00"), uint8(0), uint8(3), false)
+	f.Add([]byte("\x16\x05\x18\x00\x00\x01\x01\x17\x01x"), uint8(1), uint8(5), false)
+	f.Add([]byte("\x16\x03\x18\x00\x00\x16\x02\x01\x00\x17\x00"), uint8(2), uint8(1), false)
+	f.Add([]byte("\x16\x04\x01\x00\x00\x00\x17\x01y"), uint8(3), uint8(200), false)
+	f.Add([]byte("\x17\x05hello\x17\x00\x16\x03\x18\x00\x00\x16\x02\x01\x00\x17\x05world\x15\x02\x01\x00"), uint8(0), uint8(1), true)
+	f.Add([]byte("\x16\x04\x01\x00\x00\x00\x17\x05hello\x15\x02\x01\x5a\x17\x01y"), uint8(4), uint8(0), true)
+	f.Fuzz(func(t *testing.T, script []byte, suite, readSize uint8, moving bool) {
 		tc := testSuites[int(suite)%len(testSuites)]
 		s := newScripted(t, LayerSoftware, tc.version, tc.suite)
 		defer s.reset()
@@ -47,6 +50,9 @@ func FuzzRecords(f *testing.F) {
 			n, err := s.conn.Read(buf)
 			got = append(got, buf[:n]...)
 			if err == nil {
+				if moving {
+					s.move() // what may be read may be moved
+				}
 				continue
 			}
 			var alert *AlertError
