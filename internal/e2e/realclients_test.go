@@ -39,6 +39,8 @@ type client struct {
 	cmd  *exec.Cmd
 	in   io.WriteCloser
 	done chan error
+	// patience is how long to wait for what it says.
+	patience time.Duration
 
 	mu  sync.Mutex
 	out bytes.Buffer
@@ -58,7 +60,7 @@ func (c *client) text() string {
 
 func startClient(t *testing.T, name string, argv ...string) *client {
 	t.Helper()
-	c := &client{t: t, name: name, cmd: exec.Command(argv[0], argv[1:]...), done: make(chan error, 1)}
+	c := &client{t: t, name: name, cmd: exec.Command(argv[0], argv[1:]...), done: make(chan error, 1), patience: patience}
 	c.cmd.Stdout, c.cmd.Stderr = c, c
 	c.cmd.WaitDelay = time.Second
 	var err error
@@ -93,7 +95,7 @@ func (c *client) say(line string) {
 // hear waits until the client has printed text n times.
 func (c *client) hear(text string, n int) {
 	c.t.Helper()
-	deadline := time.Now().Add(patience)
+	deadline := time.Now().Add(c.patience)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for strings.Count(c.text(), text) < n {
