@@ -147,8 +147,8 @@ func propertyTime(t *testing.T) time.Duration {
 	set := map[string]string{"rapid.nofailfile": "true", "rapid.shrinktime": "10s", "rapid.checks": "3000"}
 	limit := 5 * time.Second
 	if guest.InGuest() {
-		set["rapid.checks"] = "300"
-		limit = 10 * time.Second
+		set["rapid.checks"] = "200"
+		limit = 6 * time.Second
 	}
 	flag.Visit(func(f *flag.Flag) {
 		delete(set, f.Name)
@@ -202,7 +202,7 @@ func TestSameAsCryptoTLS(t *testing.T) {
 		}
 	})
 	t.Logf("%d scripts", runs)
-	if runs < 5 {
+	if runs < 3 {
 		t.Errorf("only %d scripts in the time there was", runs)
 	}
 }
