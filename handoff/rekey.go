@@ -14,12 +14,13 @@ import (
 
 // relay passes on what a session's record layer needs. It is called with locks held.
 type relay struct {
-	w *worker
-	s *session
+	w    *worker
+	s    *session
+	base uint64 // the client's KeyUpdates since the adoption, before this Conn
 }
 
 func (r relay) KeyUpdateReceived(n uint64, requested bool) {
-	r.post(&wire.Message{Type: wire.TypeKeyUpdate, Rekeys: []wire.Rekey{{Count: n, Request: requested}}})
+	r.post(&wire.Message{Type: wire.TypeKeyUpdate, Rekeys: []wire.Rekey{{Count: r.base + n, Request: requested}}})
 }
 
 func (r relay) KeyUpdateWanted(request bool) {
@@ -36,16 +37,19 @@ func (r relay) post(m *wire.Message) {
 			return
 		}
 		m.Rekeys[0].Ref = r.s.ownership()
+		r.s.updates = max(r.s.updates, m.Rekeys[0].Count)
 		r.w.send(m)
 	})
 }
 
 func (s *session) ownership() wire.Ref { return wire.Ref{ID: s.id, Epoch: s.owner} }
 
-// relayed leaves changes of a session's keys to the supervisor, if it can.
+// relayed leaves changes of a session's keys to the supervisor, if it can. A session that
+// was parked and goes on here has another Conn, and the same count.
 func (w *worker) relayed(s *session, t *ktls.Conn) {
+	s.base = s.updates
 	if w.welcome != nil && w.welcome.Rekey {
-		t.SetRelay(relay{w, s})
+		t.SetRelay(relay{w, s, s.base})
 	}
 }
 
@@ -61,12 +65,13 @@ func (w *worker) keysStay(s *session) {
 // parked now.
 func (s *session) lentOut() bool { return s.pausing || s.conn.session().Lent() }
 
-// rekey handles the supervisor's part of changes of keys.
+// rekey handles the supervisor's part of changes of keys. A session that ends in a pause
+// goes on with it to its end: nothing could be sent before, not even close_notify.
 func (w *worker) rekey(m *wire.Message) {
 	for i := range m.Rekeys {
 		r := m.Rekeys[i]
 		s := w.sessions[r.ID]
-		if s == nil || s.owner != r.Epoch || s.phase == phaseAdopted || s.phase == phaseClosing {
+		if s == nil || s.owner != r.Epoch || s.phase == phaseAdopted || s.phase == phaseClosing && !s.pausing {
 			w.stale(m.Type.String(), r.Ref)
 			continue
 		}
@@ -83,7 +88,9 @@ func (w *worker) rekey(m *wire.Message) {
 				w.keysFailed(s, r.Failed)
 				continue
 			}
-			s.conn.session().Rekeyed(r.Count)
+			if r.Count > s.base {
+				s.conn.session().Rekeyed(r.Count - s.base)
+			}
 			w.returnedHome(s)
 		case wire.TypeContinue:
 			s.pause, s.pausing = false, false
@@ -91,7 +98,10 @@ func (w *worker) rekey(m *wire.Message) {
 				w.keysFailed(s, r.Failed)
 				continue
 			}
-			if s.attached() {
+			switch {
+			case s.phase == phaseClosing:
+				go s.conn.session().Continue() // waits for the end's part in it
+			case s.attached():
 				s.conn.session().Continue()
 			}
 			w.returnedHome(s)
@@ -162,7 +172,7 @@ func (w *worker) updateBySelf(s *session, r wire.Rekey) {
 }
 
 func (w *worker) sayRekey(t wire.Type, s *session, err error) {
-	if w.sessions[s.id] != s || s.phase == phaseClosing {
+	if w.sessions[s.id] != s {
 		return
 	}
 	r := wire.Rekey{Ref: s.ownership()}

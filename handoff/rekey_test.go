@@ -216,3 +216,50 @@ func TestKeyUpdateByTheApplication(t *testing.T) {
 	p.order(wire.TypeRekeyed, wire.Rekey{Ref: s.own(), Count: 1})
 	s.say("two\n", "two\n")
 }
+
+// A session that ends in the middle of a change of keys says so to its client: the
+// change is brought to its end first.
+func TestEndWhileKeysChange(t *testing.T) {
+	for name, sent := range map[string]bool{"paused": false, "sent": true} {
+		t.Run(name, func(t *testing.T) {
+			p, s := rekeying(t)
+			p.order(wire.TypePause, wire.Rekey{Ref: s.own()})
+			p.told(wire.TypePaused, s)
+			if sent {
+				p.order(wire.TypeSend, s.update())
+				p.told(wire.TypeSent, s)
+			}
+			p.refs(wire.TypeClose, s.own())
+			if sent {
+				s.set(ktls.Sending)
+			} else {
+				p.order(wire.TypeSend, s.update())
+				if r := p.told(wire.TypeSent, s); r.Failed == "" {
+					t.Error("a KeyUpdate of a session that ends")
+				}
+			}
+			p.order(wire.TypeContinue, wire.Rekey{Ref: s.own()})
+			s.eof()
+			p.expectClosed(s, wire.ReasonOperator)
+		})
+	}
+}
+
+// KeyUpdates are counted since the adoption, also over a move that was called off: with
+// a number that it has seen the supervisor would set no key.
+func TestKeyUpdatesAreCountedOverAThaw(t *testing.T) {
+	p, s := rekeying(t)
+	for n := range uint64(3) {
+		s.changeKeys(false)
+		if r := p.told(wire.TypeKeyUpdate, s); r.Count != n+1 {
+			t.Fatalf("KEY_UPDATE %d, want %d", r.Count, n+1)
+		}
+		s.set(ktls.Receiving)
+		p.order(wire.TypeRekeyed, wire.Rekey{Ref: s.own(), Count: n + 1})
+		s.say("on\n", "on\n")
+		e := newEpoch()
+		p.refs(wire.TypeFreeze, s.ref(e))
+		p.parked(s, e)
+		p.refs(wire.TypeThaw, s.ref(e))
+	}
+}

@@ -68,9 +68,11 @@ type session struct {
 	kicked  bool // the operator closed it
 
 	// Changes of keys: see rekey.go.
-	pause     bool // asked for while the session was not on its Conn
-	pausing   bool // from PAUSE to CONTINUE
-	parkLater bool // it is to be parked when the change of keys is over
+	pause     bool   // asked for while the session was not on its Conn
+	pausing   bool   // from PAUSE to CONTINUE
+	parkLater bool   // it is to be parked when the change of keys is over
+	updates   uint64 // the client's KeyUpdates since the adoption
+	base      uint64 // of them, before the session's present Conn
 }
 
 // step brings s nearer to what is wanted of it.

@@ -47,7 +47,8 @@ func (c *Conn) CloseWrite() error {
 }
 
 // Close ends the session: what is pending and close_notify are sent if the socket
-// takes them within 5 s (1 s when it was full before), pending Reads and Writes
+// takes them within 5 s (1 s when it was full before), after up to 5 s for a change of
+// keys by a relay to come to its end; pending Reads and Writes
 // return net.ErrClosed, and the connection is shut down for every process that
 // holds a duplicate of the socket. Sessions that ended by an alert or an error of
 // the socket send nothing more.
@@ -55,7 +56,7 @@ func (c *Conn) Close() error {
 	if !c.markClosed() {
 		return net.ErrClosed
 	}
-	c.rel.awaitEndOfPause(closeTimeoutStuck)
+	c.rel.awaitEndOfPause(closeTimeout)
 	c.rel.end()
 	if !c.wmu.TryLock() {
 		// A writer in progress may be stuck: send it home. No one can give it another
