@@ -297,6 +297,7 @@ func (c *Conn) SendKeyUpdate(request bool) error {
 		return err
 	}
 	taken, err := c.layer.writeControl(typeHandshake, keyUpdateMessage(request), true)
+	c.noteLost(err)
 	if !taken {
 		if err == nil {
 			err = errWouldBlock
