@@ -163,3 +163,53 @@ func TestKernelLayerRequireRekey(t *testing.T) {
 		t.Errorf("counters %+v, reasons %v", c, st.Reasons)
 	}
 }
+
+// What handoff/PROTOCOL.md says is enough for a worker in another language: one that is
+// written from it alone serves clients that change their keys, sends KeyUpdates itself,
+// and moves such sessions to a worker of the SDK and back.
+func TestKernelLayerKeysChangeByTheBook(t *testing.T) {
+	guest.NeedKernelTLS(t)
+	guest.NeedKernel(t, 6, 14, "a change of keys")
+	const clients = 6
+	book, sdk := role(t, "by-the-book"), echo(t)
+	u := start(t, visor.Options{Command: []string{book}})
+	f := u.fleet(clients, changingKeys(2))
+	phase := func(name string, mayInterrupt bool) {
+		t.Helper()
+		f.advance()
+		if err := f.Snapshot().Err(); err != nil {
+			t.Fatalf("before %q: %v", name, err)
+		}
+		u.settled(clients)
+		f.Phase(name, mayInterrupt)
+	}
+	for _, next := range []string{sdk, book} {
+		phase("rekey", false)
+		u.run(0, "rekey", "--request")
+		phase("upgrade", false)
+		u.run(0, "upgrade", "--command", next)
+		phase("kill -9 of the supervisor", false)
+		u.killSupervisor()
+		phase("kill -9 of a worker", true)
+		victim := u.settled(clients).Pools[0].Workers[0]
+		if err := u.KillProcess(victim.PID); err != nil {
+			t.Fatal(err)
+		}
+		u.await("another worker", func(st *admin.Status) bool {
+			return visor.Settled(st) && !contains(visor.WorkerPIDs(st), victim.PID) && len(st.Pools[0].Workers) == 2
+		})
+	}
+	phase("quiet", false)
+	f.advance()
+	if err := f.stop().Err(); err != nil {
+		t.Error(err)
+	}
+	st := u.await("all sessions to have ended", func(st *admin.Status) bool { return st.Sessions.Total == 0 })
+	if c := st.Counters; c.Lost+c.ClosedByOwner+c.ClosedUnknown != 0 || c.ClosedByPeer != clients {
+		t.Errorf("counters %+v, reasons %v", c, st.Reasons)
+	}
+	if strings.Contains(u.Log(), "protocol") {
+		t.Errorf("the log speaks of the protocol:\n%s", u.Log())
+	}
+	t.Logf("%d keys changed, %d sessions interrupted", st.Counters.KeyUpdates, st.Counters.Interrupted)
+}
