@@ -173,7 +173,8 @@ func TestKernelLayerKeysChangeByTheBook(t *testing.T) {
 	const clients = 6
 	book, sdk := role(t, "by-the-book"), echo(t)
 	u := start(t, visor.Options{Command: []string{book}})
-	f := u.fleet(clients, changingKeys(2))
+	// Often enough that something is to be written while that is not allowed.
+	f := u.fleet(clients, changingKeys(20), func(o *load.Options) { o.Interval = 40 * time.Millisecond })
 	phase := func(name string, mayInterrupt bool) {
 		t.Helper()
 		f.advance()
