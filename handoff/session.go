@@ -87,6 +87,8 @@ func (w *worker) step(s *session) {
 			w.advance(s.batch)
 		case s.attempt != 0:
 			w.park(s)
+		case w.stopping && s.resting: // for a last word, as those that are asleep already
+			w.start(s)
 		case w.stopping:
 			w.end(s, wire.ReasonOperator, nil)
 		case s.asleep || s.resting && w.sleep(s):
