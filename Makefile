@@ -3,6 +3,7 @@
 GO ?= go
 BIN ?= bin
 FUZZTIME ?= 3s
+BENCH_KERNELS ?= 7 6.12
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 export KERNELS VMTEST_PKG VMTEST_RUN VMTEST_WITHOUT VMTEST_VERBOSE VMTEST_JSON VMTEST_MIRROR KERNEL MODULES
 
@@ -36,8 +37,8 @@ lint: ## gofmt, vet, and golangci-lint if it is installed, else staticcheck
 	$(GO) vet ./...
 	@if command -v golangci-lint >/dev/null; then golangci-lint run; else $(GO) run $(STATICCHECK) ./...; fi
 
-bench: ## the record layer against crypto/tls, into docs/benchmarks: BENCH_RUN=REGEXP
-	$(GO) run ./internal/bench/cmd/bench -o docs/benchmarks -run '$(BENCH_RUN)'
+bench: build ## speed and memory against crypto/tls, into docs/benchmarks: BENCH_RUN=REGEXP BENCH_KERNELS="7 6.12"
+	$(GO) run ./internal/bench/cmd/bench -o docs/benchmarks -readme README.md -bin $(BIN) -run '$(BENCH_RUN)' -kernels '$(BENCH_KERNELS)'
 
 bogo: ## BoringSSL's test runner, which you have, against the record layers: RUNNER=PATH LAYER=software|kernel BOGO_TESTS=GLOB MOVE=1 GUEST=7 (docs/conformance.md)
 	$(GO) run ./internal/bogo/cmd/bogo -runner '$(RUNNER)' -layer '$(or $(LAYER),software)' -tests '$(BOGO_TESTS)' $(if $(MOVE),-move) -guest '$(GUEST)'

@@ -44,11 +44,12 @@ var rules = []rule{
 		why: "it stands just below the command line"},
 	{path: "cmd/ktlsvisor", may: append([]string{"internal/admin", "internal/config", "internal/demo", "internal/keeper", "internal/load", "internal/supervise", "internal/sys"}, public...),
 		why: "the command line is above everything but knows nothing of messages or of tests"},
-	{path: "internal/bench", may: []string{"internal/sys", "internal/vmtest/guest", "ktls"}, why: "it compares the record layer with crypto/tls, and nothing else may take part"},
 	{path: "internal/bogo", may: []string{"internal/sys", "ktls"}, why: "the shim shows to BoringSSL's runner what ktls does, and nothing else may take part"},
 	{path: "internal/bogo/cmd", may: []string{"internal/bogo", "internal/vmtest"}, why: "it is the command line of the shim and of the driver, which also runs in a guest"},
-	{path: "internal/e2e", may: append([]string{"internal/admin", "internal/config", "internal/demo", "internal/keeper", "internal/load", "internal/supervise", "internal/sys", "internal/wire"}, public...),
+	{path: "internal/e2e/visor", may: []string{"internal/admin", "pidfd"}, why: "it runs ktlsvisor as its users do"},
+	{path: "internal/e2e", may: append([]string{"internal/admin", "internal/config", "internal/demo", "internal/e2e/visor", "internal/keeper", "internal/load", "internal/supervise", "internal/sys", "internal/wire"}, public...),
 		why: "the end-to-end tests stand above everything"},
+	{path: "internal/bench", may: []string{"internal/admin", "internal/e2e/visor", "internal/sys", "internal/vmtest", "ktls"}, why: "it measures from outside what users run, and takes part in none of it"},
 }
 
 // testsMay is what the tests of any package may import as well.

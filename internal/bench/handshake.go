@@ -1,50 +1,73 @@
 package bench
 
 import (
+	"bufio"
 	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"net"
-	"runtime"
-	"syscall"
+	"strconv"
+	"strings"
 	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
-// Handshake compares the CPU time that a full handshake costs the server: that of
-// its thread alone, so that the client, which is crypto/tls in both cases, does not
-// count. The rates are of both ends together.
-func Handshake(version uint16, n, turns int) (Comparison, error) {
-	creds, err := newCredentials()
-	if err != nil {
-		return Comparison{}, err
-	}
-	ln, err := listen()
-	if err != nil {
-		return Comparison{}, err
-	}
-	defer func() { _ = ln.Close() }()
-	client := creds.client(version)
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	work := map[library]func() error{}
+// handshake compares the CPU time of a full handshake in a server that is a process of
+// its own: everything counts that the server causes there, collecting its garbage
+// included, and nothing of the client, which is crypto/tls for both. The rates are of
+// both ends together.
+func handshake(proto protocol, n, turns int) (Comparison, error) {
+	work := map[library]func() (turn, error){}
 	for _, lib := range libraries {
-		s := newServer(lib, creds.server(version))
-		work[lib] = func() error {
+		server, err := startRole("handshakes", string(lib), strconv.Itoa(int(proto.version)))
+		if err != nil {
+			return Comparison{}, err
+		}
+		defer func() { _ = server.stop() }()
+		line, err := server.answer()
+		if err != nil {
+			return Comparison{}, err
+		}
+		addr, conf, err := dialConfig(line, proto)
+		if err != nil {
+			return Comparison{}, err
+		}
+		work[lib] = func() (turn, error) {
+			begin := time.Now()
 			dialed := make(chan error, 1)
-			go func() { dialed <- dial(ln.Addr().String(), client, n) }()
-			for range n {
-				if err := s.serve(ln); err != nil {
-					return errors.Join(err, ln.Close(), <-dialed)
-				}
+			go func() { dialed <- dial(addr, conf, n) }()
+			line, err := server.order("%d", n)
+			if err := errors.Join(err, <-dialed); err != nil {
+				return turn{}, err
 			}
-			s.closing.Wait()
-			return <-dialed
+			cpu, err := strconv.ParseInt(line, 10, 64)
+			return turn{wall: time.Since(begin), cpu: time.Duration(cpu)}, err
 		}
 	}
-	name := fmt.Sprintf("handshake, %s, server", tls.VersionName(version))
-	c, err := compareBy(threadTime, name, turns, float64(n), float64(n), work)
-	c.Unit, c.CPUFor = "handshakes/s", "handshake of the server"
+	c, err := compare(turns, effort{rate: float64(n), cpu: float64(n)}, work)
+	c.Name = fmt.Sprintf("handshake, %s, server", tls.VersionName(proto.version))
+	c.Unit, c.CPUFor, c.CPUOf = "handshakes/s", "handshake", "the server's process"
 	return c, err
+}
+
+// dialConfig reads what a server's first line says: its address and its certificate.
+func dialConfig(line string, proto protocol) (addr string, conf *tls.Config, err error) {
+	addr, cert, _ := strings.Cut(line, " ")
+	der, err := base64.StdEncoding.DecodeString(cert)
+	if err != nil {
+		return "", nil, err
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		return "", nil, err
+	}
+	creds := &credentials{roots: x509.NewCertPool()}
+	creds.roots.AddCert(leaf)
+	return addr, creds.client(proto), nil
 }
 
 func dial(addr string, conf *tls.Config, n int) error {
@@ -61,20 +84,55 @@ func dial(addr string, conf *tls.Config, n int) error {
 	return nil
 }
 
-// serve makes one handshake and has the connection closed.
-func (s *server) serve(ln *net.TCPListener) error {
-	c, err := ln.AcceptTCP()
+// serveHandshakes is the server: args are library and version. The order is how many
+// handshakes to make, the answer their CPU time in nanoseconds.
+func serveHandshakes(args []string, in *bufio.Scanner, out io.Writer) error {
+	if len(args) != 2 {
+		return errors.New("library and version are missing")
+	}
+	proto := aes128TLS13
+	if args[1] == strconv.Itoa(tls.VersionTLS12) {
+		proto = aes128TLS12
+	}
+	creds, err := newCredentials()
 	if err != nil {
 		return err
 	}
-	conn, err := s.handshake(c)
+	ln, err := listen()
 	if err != nil {
-		_ = c.Close()
 		return err
 	}
-	s.closing.Go(func() { _ = conn.Close() }) // on another thread, so it does not count
-	return nil
+	defer func() { _ = ln.Close() }()
+	s := newServer(library(args[0]), ktls.ModeSoftware, creds.server(proto))
+	fmt.Fprintln(out, ln.Addr(), base64.StdEncoding.EncodeToString(creds.cert.Certificate[0]))
+	for in.Scan() {
+		n, err := strconv.Atoi(in.Text())
+		if err != nil {
+			return err
+		}
+		t, err := timed(func() error { return s.serve(ln, n) })
+		if err != nil {
+			fmt.Fprintln(out, "error", err)
+			continue
+		}
+		fmt.Fprintln(out, t.cpu.Nanoseconds())
+	}
+	return in.Err()
 }
 
-// threadTime is what the calling thread has used so far.
-func threadTime() (time.Duration, error) { return usedBy(syscall.RUSAGE_THREAD) }
+// serve makes n handshakes and closes each connection.
+func (s *server) serve(ln *net.TCPListener, n int) error {
+	for range n {
+		c, err := ln.AcceptTCP()
+		if err != nil {
+			return err
+		}
+		conn, err := s.handshake(c)
+		if err != nil {
+			_ = c.Close()
+			return err
+		}
+		_ = conn.Close()
+	}
+	return nil
+}

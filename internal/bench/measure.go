@@ -1,20 +1,23 @@
 package bench
 
 import (
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+
+	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
-// Bulk sends one way in writes of size bytes, read in pieces of up to 64 KiB.
-// One turn is about total bytes.
-func Bulk(version uint16, size, total, turns int) (Comparison, error) {
+const recordSize = 16 << 10 // plaintext of a full record
+
+// bulk sends one way in writes of size bytes, read in pieces of up to 64 KiB. One turn
+// is about total bytes.
+func bulk(mode ktls.Mode, proto protocol, size, total, turns int) (Comparison, error) {
 	writes := max(1, total/size)
-	name := fmt.Sprintf("bulk, %s, writes of %d KiB", tls.VersionName(version), size>>10)
 	bytes := float64(writes * size)
-	c, err := onPairs(name, version, turns, bytes/1e6, bytes, func(p *pair) error {
+	records := writes * ((size + recordSize - 1) / recordSize)
+	c, err := onPairs(mode, proto, turns, effort{rate: bytes / 1e6, cpu: bytes, records: records}, func(p *pair) error {
 		received := make(chan error, 1)
 		go func() { received <- drain(p.client, writes*size) }()
 		b := make([]byte, size)
@@ -26,6 +29,7 @@ func Bulk(version uint16, size, total, turns int) (Comparison, error) {
 		}
 		return <-received
 	})
+	c.Name = fmt.Sprintf("bulk, %s, writes of %d KiB", proto, size>>10)
 	c.Unit, c.CPUFor = "MB/s", "byte"
 	return c, err
 }
@@ -42,26 +46,12 @@ func drain(c net.Conn, total int) error {
 	return nil
 }
 
-// PingPong sends 256 bytes there and back, n times a turn.
-func PingPong(version uint16, n, turns int) (Comparison, error) {
+// pingPong sends 256 bytes there and back, n times a turn.
+func pingPong(mode ktls.Mode, proto protocol, n, turns int) (Comparison, error) {
 	const size = 256
-	name := fmt.Sprintf("ping-pong, %s, %d bytes", tls.VersionName(version), size)
-	c, err := onPairs(name, version, turns, float64(n), float64(n), func(p *pair) error {
+	c, err := onPairs(mode, proto, turns, effort{rate: float64(n), cpu: float64(n), records: 2 * n}, func(p *pair) error {
 		echoed := make(chan error, 1)
-		go func() {
-			b := make([]byte, size)
-			for range n {
-				if _, err := io.ReadFull(p.server, b); err != nil {
-					echoed <- err
-					return
-				}
-				if _, err := p.server.Write(b); err != nil {
-					echoed <- err
-					return
-				}
-			}
-			echoed <- nil
-		}()
+		go func() { echoed <- echo(p.server, make([]byte, size), n) }()
 		b := make([]byte, size)
 		for range n {
 			_, err := p.client.Write(b)
@@ -75,24 +65,40 @@ func PingPong(version uint16, n, turns int) (Comparison, error) {
 		}
 		return <-echoed
 	})
+	c.Name = fmt.Sprintf("ping-pong, %s, %d bytes", proto, size)
 	c.Unit, c.CPUFor = "round trips/s", "round trip"
 	return c, err
 }
 
-// onPairs compares over one session of each library that lasts for all turns.
-func onPairs(name string, version uint16, turns int, amount, cpuUnits float64, f func(*pair) error) (Comparison, error) {
+func echo(c net.Conn, b []byte, n int) error {
+	for range n {
+		if _, err := io.ReadFull(c, b); err != nil {
+			return err
+		}
+		if _, err := c.Write(b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// onPairs compares over one session of each library that lasts for all turns. CPU time
+// and allocations are those of both ends.
+func onPairs(mode ktls.Mode, proto protocol, turns int, e effort, f func(*pair) error) (Comparison, error) {
 	creds, err := newCredentials()
 	if err != nil {
 		return Comparison{}, err
 	}
-	work := map[library]func() error{}
+	work := map[library]func() (turn, error){}
 	for _, lib := range libraries {
-		p, err := newPair(lib, version, creds)
+		p, err := newPair(lib, mode, proto, creds)
 		if err != nil {
 			return Comparison{}, err
 		}
 		defer p.close()
-		work[lib] = func() error { return f(p) }
+		work[lib] = func() (turn, error) { return timed(func() error { return f(p) }) }
 	}
-	return compare(name, turns, amount, cpuUnits, work)
+	c, err := compare(turns, e, work)
+	c.CPUOf = "both ends"
+	return c, err
 }

@@ -1,7 +1,7 @@
-// Package bench measures the software record layer against crypto/tls: both in one
-// process and one run, in turns of a fraction of a second, so that whatever else
-// the machine does meets both alike. What counts is the median of the ratios of
-// neighbouring turns; absolute figures are of this machine at this hour.
+// Package bench measures ktls and ktlsvisor against crypto/tls: both in one run, in
+// turns of a fraction of a second, so that whatever else the machine does meets both
+// alike. What counts is the median of the ratios of neighbouring turns; absolute
+// figures are of this machine at this hour.
 package bench
 
 import (
@@ -16,7 +16,6 @@ import (
 	"fmt"
 	"math/big"
 	"net"
-	"sync"
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/ktls"
@@ -68,23 +67,45 @@ func newCredentials() (*credentials, error) {
 	return c, nil
 }
 
-// config allows one version, and with TLS 1.2 one suite; crypto/tls prefers the
-// same one in TLS 1.3 on machines with AES instructions.
-func config(version uint16) *tls.Config {
-	return &tls.Config{
-		MinVersion: version, MaxVersion: version,
-		CipherSuites: []uint16{tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256},
-	}
+// protocol is a version of TLS and its one cipher suite. crypto/tls lets nobody choose
+// those of TLS 1.3: it takes AES-128-GCM where the processor has instructions for that
+// and ChaCha20-Poly1305 elsewhere, so never AES-256-GCM.
+type protocol struct {
+	version uint16
+	suite   uint16
 }
 
-func (c *credentials) server(version uint16) *tls.Config {
-	conf := config(version)
+var (
+	aes128TLS13 = protocol{tls.VersionTLS13, tls.TLS_AES_128_GCM_SHA256}
+	chachaTLS13 = protocol{tls.VersionTLS13, tls.TLS_CHACHA20_POLY1305_SHA256}
+	aes128TLS12 = protocol{tls.VersionTLS12, tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256}
+	aes256TLS12 = protocol{tls.VersionTLS12, tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384}
+	chachaTLS12 = protocol{tls.VersionTLS12, tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256}
+)
+
+func (p protocol) String() string {
+	name := "AES-128-GCM"
+	switch p.suite {
+	case aes256TLS12.suite:
+		name = "AES-256-GCM"
+	case chachaTLS13.suite, chachaTLS12.suite:
+		name = "ChaCha20-Poly1305"
+	}
+	return tls.VersionName(p.version) + " " + name
+}
+
+func (p protocol) config() *tls.Config {
+	return &tls.Config{MinVersion: p.version, MaxVersion: p.version, CipherSuites: []uint16{p.suite}}
+}
+
+func (c *credentials) server(p protocol) *tls.Config {
+	conf := p.config()
 	conf.Certificates = []tls.Certificate{c.cert}
 	return conf
 }
 
-func (c *credentials) client(version uint16) *tls.Config {
-	conf := config(version)
+func (c *credentials) client(p protocol) *tls.Config {
+	conf := p.config()
 	conf.RootCAs, conf.ServerName = c.roots, serverName
 	return conf
 }
@@ -110,7 +131,7 @@ func (p *pair) close() {
 	_ = p.server.Close()
 }
 
-func newPair(lib library, version uint16, creds *credentials) (*pair, error) {
+func newPair(lib library, mode ktls.Mode, proto protocol, creds *credentials) (*pair, error) {
 	ln, err := listen()
 	if err != nil {
 		return nil, err
@@ -129,32 +150,36 @@ func newPair(lib library, version uint16, creds *credentials) (*pair, error) {
 	done := make(chan error, 1)
 	go func() {
 		var err error
-		p.client, err = connect(lib, cc, creds.client(version))
+		p.client, err = connect(lib, mode, cc, creds.client(proto))
 		done <- err
 	}()
-	p.server, err = newServer(lib, creds.server(version)).handshake(sc)
+	p.server, err = newServer(lib, mode, creds.server(proto)).handshake(sc)
 	if err != nil {
 		_ = sc.Close() // lets the client go
 	}
 	if err := errors.Join(err, <-done); err != nil {
 		_ = cc.Close()
 		_ = sc.Close()
-		return nil, fmt.Errorf("%s, %s: %w", lib, tls.VersionName(version), err)
+		return nil, fmt.Errorf("%s, %s: %w", lib, proto, err)
+	}
+	if got := p.server.(stateful).ConnectionState().CipherSuite; got != proto.suite {
+		p.close()
+		return nil, fmt.Errorf("%s: the suite is %s, not %s", lib, tls.CipherSuiteName(got), tls.CipherSuiteName(proto.suite))
 	}
 	return p, nil
 }
+
+type stateful interface{ ConnectionState() tls.ConnectionState }
 
 // server keeps one configuration for all its connections, as a listener does.
 type server struct {
 	lib  library
 	tls  *tls.Config
 	ktls *ktls.Config
-
-	closing sync.WaitGroup
 }
 
-func newServer(lib library, conf *tls.Config) *server {
-	return &server{lib: lib, tls: conf, ktls: &ktls.Config{TLS: conf, Mode: ktls.ModeSoftware}}
+func newServer(lib library, mode ktls.Mode, conf *tls.Config) *server {
+	return &server{lib: lib, tls: conf, ktls: &ktls.Config{TLS: conf, Mode: mode}}
 }
 
 func (s *server) handshake(c *net.TCPConn) (net.Conn, error) {
@@ -166,10 +191,10 @@ func (s *server) handshake(c *net.TCPConn) (net.Conn, error) {
 	return tc, tc.HandshakeContext(ctx)
 }
 
-func connect(lib library, c *net.TCPConn, conf *tls.Config) (net.Conn, error) {
+func connect(lib library, mode ktls.Mode, c *net.TCPConn, conf *tls.Config) (net.Conn, error) {
 	ctx := context.Background()
 	if lib == ours {
-		return ktls.Client(ctx, c, &ktls.Config{TLS: conf, Mode: ktls.ModeSoftware})
+		return ktls.Client(ctx, c, &ktls.Config{TLS: conf, Mode: mode})
 	}
 	tc := tls.Client(c, conf)
 	return tc, tc.HandshakeContext(ctx)

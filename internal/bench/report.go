@@ -2,26 +2,35 @@ package bench
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
+	"time"
 )
 
-// Report is what a run leaves in docs/benchmarks. It names neither host nor paths.
-type Report struct {
-	CPU     string       `json:"cpu"`
-	Cores   int          `json:"cores"`
-	Kernel  string       `json:"kernel"`
-	Go      string       `json:"go"`
-	Results []Comparison `json:"results"`
+// Run says where and when something was measured. It names neither host nor paths.
+type Run struct {
+	Date   string `json:"date"`
+	Commit string `json:"commit,omitempty"`
+	CPU    string `json:"cpu"`
+	Cores  int    `json:"cores"`
+	Kernel string `json:"kernel"`
+	Go     string `json:"go"`
+	// Guest is the line of kernels that was asked for, in an emulated machine; "" on
+	// this one.
+	Guest    string `json:"guest,omitempty"`
+	Emulated bool   `json:"emulated,omitempty"`
 }
 
-// NewReport describes this machine.
-func NewReport(results []Comparison) Report {
-	return Report{CPU: cpuModel(), Cores: runtime.NumCPU(), Kernel: kernelRelease(), Go: runtime.Version() + " " + runtime.GOARCH, Results: results}
+func thisRun() Run {
+	return Run{Date: time.Now().UTC().Format(time.DateOnly), CPU: cpuModel(), Cores: runtime.NumCPU(), Kernel: kernelRelease(),
+		Go: runtime.Version() + " " + runtime.GOARCH, Emulated: os.Getenv("KTLSVISOR_GUEST") == "1"}
 }
 
 func cpuModel() string {
@@ -52,7 +61,57 @@ func kernelRelease() string {
 	return b.String()
 }
 
-// Write writes results.json, README.md, speed.svg and cpu.svg into dir.
+// Report is what docs/benchmarks holds.
+type Report struct {
+	Results []Comparison `json:"results"`
+	Idle    []Idle       `json:"idle"`
+}
+
+// ReadReport reads results.json of dir; there may be none yet.
+func ReadReport(dir string) (Report, error) {
+	var r Report
+	b, err := os.ReadFile(filepath.Join(dir, "results.json"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return r, nil
+	}
+	if err != nil {
+		return r, err
+	}
+	if err := json.Unmarshal(b, &r); err != nil {
+		return r, fmt.Errorf("%s: %w; remove it, all of it can be measured again", filepath.Join(dir, "results.json"), err)
+	}
+	return r, nil
+}
+
+// Add replaces what was measured before of the same, so that a run of a part leaves the
+// rest as it is.
+func (r *Report) Add(more Report) {
+	r.Results = replace(r.Results, more.Results, func(c Comparison) string { return c.Run.Guest + " " + c.Layer + " " + c.ID })
+	r.Idle = replace(r.Idle, more.Idle, func(i Idle) string { return i.Run.Guest + " " + i.ID })
+}
+
+func replace[T any](list, more []T, key func(T) string) []T {
+	for _, m := range more {
+		if i := slices.IndexFunc(list, func(l T) bool { return key(l) == key(m) }); i >= 0 {
+			list[i] = m
+		} else {
+			list = append(list, m)
+		}
+	}
+	return list
+}
+
+// From says of everything in r which commit was measured, and in which guest.
+func (r *Report) From(commit, guest string) {
+	for i := range r.Results {
+		r.Results[i].Run.Commit, r.Results[i].Run.Guest = commit, guest
+	}
+	for i := range r.Idle {
+		r.Idle[i].Run.Commit, r.Idle[i].Run.Guest = commit, guest
+	}
+}
+
+// Write writes results.json, README.md and the plots into dir.
 func (r Report) Write(dir string) error {
 	data, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
@@ -61,51 +120,13 @@ func (r Report) Write(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	for name, content := range map[string]string{
-		"results.json": string(data) + "\n",
-		"README.md":    r.markdown(),
-		"speed.svg": plot("Rate, ktls divided by crypto/tls (more is better)", r.Results,
-			func(c Comparison) (v, low, high float64) { return c.Speed, c.SpeedLow, c.SpeedHigh }),
-		"cpu.svg": plot("CPU time, ktls divided by crypto/tls (less is better)", r.Results,
-			func(c Comparison) (v, low, high float64) { return c.CPU, c.CPULow, c.CPUHigh }),
-	} {
+	files := r.plots()
+	files["results.json"] = string(data) + "\n"
+	files["README.md"] = r.markdown()
+	for name, content := range files {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-func (r Report) markdown() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, `# Benchmarks
-
-Written by `+"`make bench`"+`; the same figures are in [results.json](results.json).
-
-Machine: %s, %d cores; kernel %s; %s.
-
-The software layer of ktls against crypto/tls over the loopback, with the same
-library at both ends, in one process. The two take turns of a fraction of a second;
-a ratio is the median over pairs of neighbouring turns, with the quartiles in
-brackets, so that the load of other programs meets both. Rates are medians. CPU
-time is user and system time of both ends (bulk, ping-pong) or of the server's
-thread alone (handshakes; closing is not counted).
-
-| what | ktls | crypto/tls | rate, ratio | CPU, ktls | CPU, crypto/tls | CPU, ratio |
-|---|---|---|---|---|---|---|
-`, r.CPU, r.Cores, r.Kernel, r.Go)
-	for _, c := range r.Results {
-		fmt.Fprintf(&b, "| %s | %.0f %s | %.0f %s | **%.2f** (%.2f to %.2f) | %s | %s | **%.2f** (%.2f to %.2f) |\n",
-			c.Name, c.OursRate, c.Unit, c.StockRate, c.Unit, c.Speed, c.SpeedLow, c.SpeedHigh,
-			nanos(c.OursCPU, c.CPUFor), nanos(c.StockCPU, c.CPUFor), c.CPU, c.CPULow, c.CPUHigh)
-	}
-	b.WriteString("\n![rates](speed.svg)\n\n![CPU time](cpu.svg)\n")
-	return b.String()
-}
-
-func nanos(ns float64, what string) string {
-	if ns >= 1000 {
-		return fmt.Sprintf("%.1f µs a %s", ns/1000, what)
-	}
-	return fmt.Sprintf("%.2f ns a %s", ns, what)
 }

@@ -2,6 +2,8 @@ package bench
 
 import (
 	"fmt"
+	"math"
+	"runtime"
 	"slices"
 	"syscall"
 	"time"
@@ -9,23 +11,25 @@ import (
 
 // turn is what one turn cost.
 type turn struct {
-	wall time.Duration
-	cpu  time.Duration // user and system; of both ends, except for handshakes
+	wall   time.Duration
+	cpu    time.Duration // user and system
+	allocs uint64        // 0 where they are not counted
 }
 
 // cpuTime is what this process has used so far.
-func cpuTime() (time.Duration, error) { return usedBy(syscall.RUSAGE_SELF) }
-
-func usedBy(who int) (time.Duration, error) {
+func cpuTime() (time.Duration, error) {
 	var u syscall.Rusage
-	if err := syscall.Getrusage(who, &u); err != nil {
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
 		return 0, fmt.Errorf("getrusage: %w", err)
 	}
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano()), nil
 }
 
-func timed(clock func() (time.Duration, error), work func() error) (turn, error) {
-	cpu, err := clock()
+// timed measures work by the clocks of this process.
+func timed(work func() error) (turn, error) {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	cpu, err := cpuTime()
 	if err != nil {
 		return turn{}, err
 	}
@@ -34,70 +38,110 @@ func timed(clock func() (time.Duration, error), work func() error) (turn, error)
 		return turn{}, err
 	}
 	t := turn{wall: time.Since(begin)}
-	after, err := clock()
-	t.cpu = after - cpu
+	end, err := cpuTime()
+	t.cpu = end - cpu
+	runtime.ReadMemStats(&after)
+	t.allocs = after.Mallocs - before.Mallocs
 	return t, err
+}
+
+// effort is what one turn does: in units of the rate, in what the CPU time is for, and
+// in records.
+type effort struct {
+	rate, cpu float64
+	records   int
 }
 
 // Comparison is one measurement of both libraries. Ratios are ours divided by
 // crypto/tls's, so a Speed above 1 and a CPU below 1 are good.
 type Comparison struct {
+	ID     string `json:"id"`
 	Name   string `json:"name"`
+	Layer  string `json:"layer"`   // software or kernel
 	Unit   string `json:"unit"`    // of OursRate and StockRate
 	CPUFor string `json:"cpu_for"` // what OursCPU and StockCPU are the nanoseconds of
+	CPUOf  string `json:"cpu_of"`  // whose time it is
 
 	OursRate  float64 `json:"ktls_rate"`
 	StockRate float64 `json:"crypto_tls_rate"`
 	OursCPU   float64 `json:"ktls_cpu_ns"`
 	StockCPU  float64 `json:"crypto_tls_cpu_ns"`
 
-	Speed float64 `json:"speed_ratio"`
-	// SpeedLow and SpeedHigh are the quartiles of the turns' ratios.
-	SpeedLow  float64 `json:"speed_ratio_q1"`
-	SpeedHigh float64 `json:"speed_ratio_q3"`
-	CPU       float64 `json:"cpu_ratio"`
-	CPULow    float64 `json:"cpu_ratio_q1"`
-	CPUHigh   float64 `json:"cpu_ratio_q3"`
-	Turns     int     `json:"turns"`
+	Speed Ratio `json:"speed_ratio"`
+	CPU   Ratio `json:"cpu_ratio"`
+	Turns int   `json:"turns"`
+
+	// Allocations of both ends for each record; nil where they are not counted.
+	Allocs *Allocs `json:"allocs_per_record,omitempty"`
+
+	Run Run `json:"run"`
 }
 
-// compare lets both libraries work in turns. amount is what one turn does, in
-// units of the rate; cpuUnits is the same in what the CPU time is for.
-func compare(name string, turns int, amount, cpuUnits float64, work map[library]func() error) (Comparison, error) {
-	return compareBy(cpuTime, name, turns, amount, cpuUnits, work)
+// Ratio is the median of the ratios of neighbouring turns, with the bounds of its 95 %
+// confidence interval (order statistics, as benchstat has it).
+type Ratio struct {
+	Median float64 `json:"median"`
+	Low    float64 `json:"low"`
+	High   float64 `json:"high"`
 }
 
-func compareBy(clock func() (time.Duration, error), name string, turns int, amount, cpuUnits float64, work map[library]func() error) (Comparison, error) {
-	rates, cpus := map[library][]float64{}, map[library][]float64{}
+// Allocs are heap objects, medians of the turns.
+type Allocs struct {
+	Ours  float64 `json:"ktls"`
+	Stock float64 `json:"crypto_tls"`
+}
+
+// compare lets both libraries work in turns.
+func compare(turns int, e effort, work map[library]func() (turn, error)) (Comparison, error) {
+	rates, cpus, allocs := map[library][]float64{}, map[library][]float64{}, map[library][]float64{}
 	for i := -1; i < turns; i++ { // the first turn is for warming up
 		for j := range libraries {
 			lib := libraries[(i+1+j)%len(libraries)] // who is first changes
-			t, err := timed(clock, work[lib])
+			t, err := work[lib]()
 			if err != nil {
-				return Comparison{}, fmt.Errorf("%s, %s: %w", name, lib, err)
+				return Comparison{}, fmt.Errorf("%s: %w", lib, err)
 			}
 			if i >= 0 {
-				rates[lib] = append(rates[lib], amount/t.wall.Seconds())
-				cpus[lib] = append(cpus[lib], float64(t.cpu.Nanoseconds())/cpuUnits)
+				rates[lib] = append(rates[lib], e.rate/t.wall.Seconds())
+				cpus[lib] = append(cpus[lib], float64(t.cpu.Nanoseconds())/e.cpu)
+				allocs[lib] = append(allocs[lib], float64(t.allocs)/float64(max(e.records, 1)))
 			}
 		}
 	}
-	speed, cpu := ratios(rates[ours], rates[stock]), ratios(cpus[ours], cpus[stock])
-	return Comparison{
-		Name:     name,
+	c := Comparison{
 		OursRate: quantile(rates[ours], .5), StockRate: quantile(rates[stock], .5),
 		OursCPU: quantile(cpus[ours], .5), StockCPU: quantile(cpus[stock], .5),
-		Speed: quantile(speed, .5), SpeedLow: quantile(speed, .25), SpeedHigh: quantile(speed, .75),
-		CPU: quantile(cpu, .5), CPULow: quantile(cpu, .25), CPUHigh: quantile(cpu, .75), Turns: turns,
-	}, nil
+		Speed: ratio(rates[ours], rates[stock]), CPU: ratio(cpus[ours], cpus[stock]), Turns: turns,
+	}
+	if e.records > 0 {
+		c.Allocs = &Allocs{Ours: quantile(allocs[ours], .5), Stock: quantile(allocs[stock], .5)}
+	}
+	return c, nil
 }
 
-func ratios(a, b []float64) []float64 {
+func ratio(a, b []float64) Ratio {
 	r := make([]float64, len(a))
 	for i := range a {
 		r[i] = a[i] / b[i]
 	}
-	return r
+	slices.Sort(r)
+	k := outside(len(r))
+	return Ratio{Median: quantile(r, .5), Low: r[k], High: r[len(r)-1-k]}
+}
+
+// outside is how many of n sorted values may be left out at each end so that the rest
+// spans the median of what they were drawn from with a probability of 95 %: each value
+// is below it as a coin falls.
+func outside(n int) int {
+	p, below := math.Pow(.5, float64(n)), 0.0
+	for k := range n / 2 {
+		below += p
+		if 2*below > .05 {
+			return max(k-1, 0)
+		}
+		p *= float64(n-k) / float64(k+1)
+	}
+	return 0
 }
 
 // quantile of v, interpolated; v is not empty.

@@ -31,6 +31,7 @@ var testPackages = []testPackage{
 	{path: "internal/keeper"},
 	{path: "handoff"},
 	{path: "internal/demo", progs: true},
+	{path: "internal/bench", run: "^TestKernelLayer$", progs: true, limit: 12 * time.Minute},
 	// The rest of its tests is about the programs, not the kernel, and runs on the host.
 	{path: "internal/e2e", run: "^TestKernelLayer", progs: true, limit: 5 * time.Minute},
 }

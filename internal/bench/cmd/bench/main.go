@@ -1,25 +1,50 @@
-// Command bench compares the software record layer with crypto/tls.
+// Command bench measures ktls and ktlsvisor against crypto/tls and writes
+// docs/benchmarks. What was measured before and is not measured now stays there.
+//
+//	make bench                        everything
+//	make bench BENCH_RUN=pingpong     a part; on this machine and in the guests
+//	make bench BENCH_KERNELS=         without guests
+//	make bench BENCH_RUN=none         nothing: the texts are written anew
 package main
 
 import (
-	"crypto/tls"
+	"context"
 	"flag"
 	"fmt"
 	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
 	"regexp"
 	"runtime/pprof"
+	"strings"
+	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/bench"
 )
 
+type options struct {
+	turns    int
+	run      string
+	dir, bin string
+	readme   string
+	kernels  string
+	profile  string
+}
+
 func main() {
-	turns := flag.Int("turns", 31, "turns of each library in a measurement")
-	only := flag.String("run", "", "regular expression: only such of bulk16, bulk64, bulk256, pingpong, handshake")
-	dir := flag.String("o", "", "directory for README.md, results.json and the plots")
-	profile := flag.String("cpuprofile", "", "file for a CPU profile of the run")
+	bench.Main()
+	var o options
+	flag.IntVar(&o.turns, "turns", bench.Full.Turns, "turns of each library in a measurement on this machine")
+	flag.StringVar(&o.run, "run", "", "regular expression: only such of bulk16-tls13-aes128, pingpong-..., handshake-..., file-..., idle-software, idle-kernel")
+	flag.StringVar(&o.dir, "o", "", "directory for README.md, results.json and the plots")
+	flag.StringVar(&o.readme, "readme", "", "file that quotes the figures")
+	flag.StringVar(&o.bin, "bin", "bin", "folder with ktlsvisor and echo")
+	flag.StringVar(&o.kernels, "kernels", "", "lines of kernels to measure the kernel layer on, in guests, such as \"7 6.12\"")
+	flag.StringVar(&o.profile, "cpuprofile", "", "file for a CPU profile of the run")
 	flag.Parse()
-	if *profile != "" {
-		f, err := os.Create(*profile)
+	if o.profile != "" {
+		f, err := os.Create(o.profile)
 		if err == nil {
 			err = pprof.StartCPUProfile(f)
 		}
@@ -29,53 +54,149 @@ func main() {
 		}
 		defer pprof.StopCPUProfile()
 	}
-	if err := run(*turns, *only, *dir); err != nil {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	if err := o.measure(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-// bulkTurn is the bytes of one turn: some 50 ms.
-const bulkTurn = 64 << 20
-
-func run(turns int, only, dir string) error {
-	match, err := regexp.Compile(only)
+func (o options) measure(ctx context.Context) error {
+	only, err := regexp.Compile(o.run)
 	if err != nil {
 		return fmt.Errorf("-run: %w", err)
 	}
-	if turns < 1 {
-		return fmt.Errorf("-turns %d: at least one is needed", turns)
+	if o.turns < 1 {
+		return fmt.Errorf("-turns %d: at least one is needed", o.turns)
 	}
-	var results []bench.Comparison
-	for _, v := range []uint16{tls.VersionTLS13, tls.VersionTLS12} {
-		for _, m := range []struct {
-			name    string
-			measure func() (bench.Comparison, error)
-		}{
-			{"bulk16", func() (bench.Comparison, error) { return bench.Bulk(v, 16<<10, bulkTurn, turns) }},
-			{"bulk64", func() (bench.Comparison, error) { return bench.Bulk(v, 64<<10, bulkTurn, turns) }},
-			{"bulk256", func() (bench.Comparison, error) { return bench.Bulk(v, 256<<10, bulkTurn, turns) }},
-			{"pingpong", func() (bench.Comparison, error) { return bench.PingPong(v, 2000, turns) }},
-			{"handshake", func() (bench.Comparison, error) { return bench.Handshake(v, 40, turns) }},
-		} {
-			if !match.MatchString(m.name) {
-				continue
-			}
-			c, err := m.measure()
-			if err != nil {
-				return err
-			}
-			show(c)
-			results = append(results, c)
+	scale := bench.Full
+	scale.Turns = o.turns
+	commit := head()
+	var fresh bench.Report
+	for _, c := range bench.SoftwareCases() {
+		if ctx.Err() != nil {
+			return ctx.Err()
 		}
+		if !only.MatchString(c.ID) {
+			continue
+		}
+		r, err := c.Measure(scale)
+		if err != nil {
+			return err
+		}
+		show(r)
+		fresh.Add(bench.Report{Results: []bench.Comparison{r}})
 	}
-	if dir == "" {
+	if only.MatchString("idle-software") {
+		i, err := o.idle()
+		if err != nil {
+			return err
+		}
+		fresh.Add(bench.Report{Idle: []bench.Idle{i}})
+	}
+	fresh.From(commit, "")
+	if err := o.keep(fresh); err != nil {
+		return err
+	}
+	kernels := strings.Fields(o.kernels)
+	if len(kernels) == 0 || !o.wantsGuests(only) {
 		return nil
 	}
-	return bench.NewReport(results).Write(dir)
+	say("the kernel layer in guests: %s; some minutes each", o.kernels)
+	guests, err := bench.Guests(ctx, ".", kernels, o.run, commit, say)
+	for _, c := range guests.Results {
+		fmt.Printf("Linux %s: ", c.Run.Kernel)
+		show(c)
+	}
+	for _, i := range guests.Idle {
+		showIdle(i)
+	}
+	if kerr := o.keep(guests); err == nil {
+		err = kerr
+	}
+	return err
+}
+
+func (o options) wantsGuests(only *regexp.Regexp) bool {
+	for _, c := range bench.KernelCases() {
+		if only.MatchString(c.ID) {
+			return true
+		}
+	}
+	return only.MatchString("idle-kernel")
+}
+
+// keep adds to what docs/benchmarks has.
+func (o options) keep(fresh bench.Report) error {
+	if o.dir == "" {
+		return nil
+	}
+	r, err := bench.ReadReport(o.dir)
+	if err != nil {
+		return err
+	}
+	r.Add(fresh)
+	if err := r.Write(o.dir); err != nil {
+		return err
+	}
+	if o.readme == "" {
+		return nil
+	}
+	return r.Quote(o.readme)
+}
+
+func (o options) idle() (bench.Idle, error) {
+	dir, err := os.MkdirTemp("", "kvb")
+	if err != nil {
+		return bench.Idle{}, err
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	bin, err := filepath.Abs(o.bin)
+	if err != nil {
+		return bench.Idle{}, err
+	}
+	say("idle sessions: about a minute")
+	i, err := bench.MeasureIdle(bench.IdleOptions{Program: filepath.Join(bin, "ktlsvisor"), Worker: filepath.Join(bin, "echo"),
+		Layer: "software", Few: 1000, Many: 10000, Stock: true, Dir: dir, Say: say})
+	if err == nil {
+		showIdle(i)
+	}
+	return i, err
+}
+
+// head names the commit that is measured; a + says that files were changed since.
+func head() string {
+	out, err := exec.Command("git", "rev-parse", "--short=10", "HEAD").Output()
+	if err != nil {
+		return "unknown"
+	}
+	commit := strings.TrimSpace(string(out))
+	if out, err := exec.Command("git", "status", "--porcelain", "--untracked-files=no", "--", "*.go", "go.mod").Output(); err != nil || len(out) > 0 {
+		commit += "+"
+	}
+	return commit
+}
+
+var began = time.Now()
+
+func say(format string, args ...any) {
+	fmt.Printf("[%4.0fs] %s\n", time.Since(began).Seconds(), fmt.Sprintf(format, args...))
 }
 
 func show(c bench.Comparison) {
-	fmt.Printf("%-36s %9.0f against %9.0f %-13s x%.2f (%.2f..%.2f); CPU %.3f against %.3f ns a %s, x%.2f\n",
-		c.Name, c.OursRate, c.StockRate, c.Unit, c.Speed, c.SpeedLow, c.SpeedHigh, c.OursCPU, c.StockCPU, c.CPUFor, c.CPU)
+	allocs := ""
+	if c.Allocs != nil {
+		allocs = fmt.Sprintf("; allocations %.2f against %.2f", c.Allocs.Ours, c.Allocs.Stock)
+	}
+	say("%-48s %7.0f against %7.0f %-13s x%.2f (%.2f..%.2f); CPU x%.2f (%.2f..%.2f)%s", c.Name, c.OursRate, c.StockRate, c.Unit,
+		c.Speed.Median, c.Speed.Low, c.Speed.High, c.CPU.Median, c.CPU.Low, c.CPU.High, allocs)
+}
+
+func showIdle(i bench.Idle) {
+	stock := "crypto/tls not measured"
+	if i.Stock != nil {
+		stock = fmt.Sprintf("crypto/tls %.2f KiB", i.Stock.PerSession)
+	}
+	say("idle session, %s layer, Linux %s: %.2f KiB, %s", i.Layer, i.Run.Kernel, i.Ours.PerSession, stock)
 }

@@ -1,0 +1,77 @@
+package bench
+
+import (
+	"os"
+	"os/exec"
+	"regexp"
+	"testing"
+	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/vmtest/guest"
+)
+
+// TestKernelLayer measures the kernel layer, and is how `make bench` gets its figures
+// out of a guest. Without that it sees that everything can be measured.
+func TestKernelLayer(t *testing.T) {
+	guest.NeedKernelTLS(t)
+	full := os.Getenv(envGuest) != ""
+	only, err := regexp.Compile(os.Getenv(envGuestRun))
+	if err != nil {
+		t.Fatal(err)
+	}
+	scale := Tiny
+	if full {
+		scale = Emulated
+	}
+	for _, c := range KernelCases() {
+		if !only.MatchString(c.ID) {
+			continue
+		}
+		r, err := c.Measure(scale)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tell(t, Report{Results: []Comparison{r}})
+	}
+	if !full || only.MatchString("idle-kernel") {
+		few, many := 10, 20
+		if full {
+			few, many = 1000, 10000
+		}
+		i, err := MeasureIdle(IdleOptions{Program: program(t, "ktlsvisor"), Worker: program(t, "echo"), Layer: "kernel",
+			Few: few, Many: many, Dir: shortDir(t), Say: t.Logf, Patience: 4 * time.Minute})
+		if err != nil {
+			t.Fatal(err)
+		}
+		tell(t, Report{Idle: []Idle{i}})
+	}
+}
+
+func tell(t *testing.T, r Report) {
+	t.Helper()
+	line, err := guestLine(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Log(line)
+}
+
+func program(t *testing.T, name string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// shortDir is for a Unix socket, whose name has a limit.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "kvb")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}

@@ -1,0 +1,71 @@
+package bench
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"strings"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/vmtest"
+)
+
+// The part in guests is a test of this package, because tests are what guests run:
+// TestKernelLayer, which prints each result in a line of its own. These variables tell
+// it to measure properly, and what.
+const (
+	envGuest    = "KTLSVISOR_TEST_BENCH"
+	envGuestRun = "KTLSVISOR_TEST_BENCH_RUN"
+
+	resultMark = "BENCH RESULT "
+)
+
+// Guests measures the kernel layer on lines of kernels such as "7" and "6.12", those
+// cases that match only. Every result has its guest's name already.
+func Guests(ctx context.Context, root string, kernels []string, only, commit string, say func(format string, args ...any)) (Report, error) {
+	var r Report
+	dir, err := vmtest.DefaultCacheDir()
+	if err != nil {
+		return r, err
+	}
+	boots, err := vmtest.Run(ctx, vmtest.Options{
+		Root: root, Kernels: kernels, Packages: regexp.MustCompile("^internal/bench$"),
+		Env:   []string{envGuest + "=1", envGuestRun + "=" + only},
+		Cache: &vmtest.Cache{Dir: dir, Say: say}, Say: say,
+	})
+	for _, b := range boots {
+		part, perr := fromGuest(b)
+		if perr != nil {
+			return r, fmt.Errorf("kernel %s: %w", b.Kernel, perr)
+		}
+		part.From(commit, b.Kernel)
+		r.Add(part)
+		if err == nil && len(b.Problems) > 0 {
+			err = fmt.Errorf("kernel %s: %s", b.Kernel, strings.Join(b.Problems, "; "))
+		}
+	}
+	return r, err
+}
+
+func fromGuest(b *vmtest.BootResult) (r Report, err error) {
+	for _, p := range b.Packages {
+		for _, line := range p.Output {
+			_, text, ok := strings.Cut(line, resultMark)
+			if !ok {
+				continue
+			}
+			var part Report
+			if err := json.Unmarshal([]byte(text), &part); err != nil {
+				return r, fmt.Errorf("a result cannot be read: %w", err)
+			}
+			r.Add(part)
+		}
+	}
+	return r, nil
+}
+
+// guestLine is what the test in the guest prints.
+func guestLine(r Report) (string, error) {
+	b, err := json.Marshal(r)
+	return resultMark + string(b), err
+}
