@@ -16,7 +16,9 @@ import (
 type doctorReport struct {
 	Version string             `json:"version"`
 	Kernel  *ktls.Capabilities `json:"kernel"`
-	Layer   string             `json:"layer"` // what --offload auto takes here for TLS 1.3 with AES-128-GCM
+	Layer   string             `json:"layer"`   // what --offload auto takes here for TLS 1.3 with AES-128-GCM
+	Choices []ktls.Choice      `json:"choices"` // what --offload auto takes for every version and suite
+	Ranges  []ktls.KernelRange `json:"known_kernel_ranges"`
 	Limits  limitsReport       `json:"limits"`
 	Admin   adminReport        `json:"admin"`
 	Advice  []string           `json:"advice"`
@@ -71,6 +73,7 @@ func (a *app) diagnose(cmd *cobra.Command) doctorReport {
 	if ok, _ := rep.Kernel.Supports(tls.VersionTLS13, tls.TLS_AES_128_GCM_SHA256); ok {
 		rep.Layer = "kernel"
 	}
+	rep.Choices, rep.Ranges = rep.Kernel.Choices(), rep.Kernel.Ranges()
 	seen := make(map[string]bool)
 	for _, c := range rep.Kernel.Checks {
 		if c.Status == ktls.StatusUnsupported && c.Remedy != "" && !seen[c.Remedy] {
@@ -114,13 +117,30 @@ func printDoctor(w io.Writer, rep doctorReport) {
 		{"admin socket", running},
 	})
 	fmt.Fprintln(w)
+	table(w, rep.Kernel.ChoiceTable())
+	fmt.Fprintln(w)
 	table(w, kernelTable(rep.Kernel))
+	fmt.Fprintln(w)
+	table(w, rangeTable(rep))
 	if len(rep.Advice) > 0 {
 		fmt.Fprintln(w, "\nWhat you can do:")
 		for _, s := range rep.Advice {
 			fmt.Fprintln(w, "  "+clean(s))
 		}
 	}
+}
+
+// rangeTable says which kernels are known for what.
+func rangeTable(rep doctorReport) [][]string {
+	rows := [][]string{{"KERNELS BEFORE", "THIS ONE", "KNOWN FOR", "WHAT IS DONE"}}
+	for _, r := range rep.Ranges {
+		here := "no"
+		if r.Applies {
+			here = "yes"
+		}
+		rows = append(rows, []string{r.Before, here, r.What, r.Then})
+	}
+	return rows
 }
 
 // kernelTable has one row for each version and cipher, and for each other check;
