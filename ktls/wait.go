@@ -68,17 +68,14 @@ func (l *softLayer) waitRead() error {
 	return readable(l.rc)
 }
 
-// waitRead does not believe poll where keys can change (6.14 and later): from the moment
-// at which the kernel has seen a KeyUpdate, which it does when it looks for more data to
-// give with what it has, until the next key is set, poll calls the socket unreadable,
-// also while the KeyUpdate is still to be read. And when an owner before us read it and
-// died, nothing would ever end the wait.
+// waitRead does not believe poll, because of kernels that can change keys (6.14 and
+// later): from the moment at which such a kernel has seen a KeyUpdate (in TLS 1.2, too),
+// which it does when it looks for more data to give with what it has, until the next key
+// is set, poll calls the socket unreadable, also while the KeyUpdate is still to be read.
+// And when an owner before us read it and died, nothing would ever end the wait.
 func (l *kernelLayer) waitRead() error {
-	switch {
-	case l.readFailed.Load() != nil:
+	if l.readFailed.Load() != nil {
 		return nil
-	case !l.canRekey():
-		return readable(l.rc)
 	}
 	return l.rc.Read(func(fd uintptr) bool {
 		if sys.HasInput(fd) {
