@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -13,8 +14,9 @@ import (
 // other methods may be called from others. A descriptor is reported once after each
 // Add: then it must be added again.
 type Watch struct {
-	f  *os.File
-	rc syscall.RawConn
+	f      *os.File
+	rc     syscall.RawConn
+	closed atomic.Bool
 
 	events [128]unix.EpollEvent // of Wait
 	ready  []uint64
@@ -63,7 +65,7 @@ func (w *Watch) Remove(fd int) error {
 func (w *Watch) control(op, fd int, e *unix.EpollEvent) error {
 	var err error
 	if cerr := w.rc.Control(func(ep uintptr) { err = unix.EpollCtl(int(ep), op, fd, e) }); cerr != nil {
-		return cerr
+		return w.rawError(cerr)
 	}
 	return os.NewSyscallError("epoll_ctl", err)
 }
@@ -83,11 +85,26 @@ func (w *Watch) Wait() ([]uint64, error) {
 		}
 		return n > 0 || err != nil
 	})
-	if err == nil && w.err != nil {
+	if err != nil {
+		return nil, w.rawError(err)
+	}
+	if w.err != nil {
 		err = os.NewSyscallError("epoll_wait", w.err)
 	}
 	return w.ready, err
 }
 
+// rawError makes os.ErrClosed of what a RawConn says after Close, which is an error
+// internal to package os.
+func (w *Watch) rawError(err error) error {
+	if w.closed.Load() {
+		return os.ErrClosed
+	}
+	return err
+}
+
 // Close ends Wait.
-func (w *Watch) Close() error { return w.f.Close() }
+func (w *Watch) Close() error {
+	w.closed.Store(true)
+	return w.f.Close()
+}
