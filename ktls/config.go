@@ -75,6 +75,20 @@ func (l Layer) String() string {
 	return fmt.Sprintf("layer(%d)", uint8(l))
 }
 
+// MarshalText returns what String does, for JSON.
+func (l Layer) MarshalText() ([]byte, error) { return []byte(l.String()), nil }
+
+// UnmarshalText reads "software" or "kernel".
+func (l *Layer) UnmarshalText(b []byte) error {
+	for _, known := range []Layer{LayerSoftware, LayerKernel} {
+		if string(b) == known.String() {
+			*l = known
+			return nil
+		}
+	}
+	return fmt.Errorf("unknown record layer %q: use kernel or software", b)
+}
+
 // Socket is what a session runs over. *net.TCPConn and *os.File (of a
 // non-blocking TCP socket) both satisfy it.
 type Socket interface {
