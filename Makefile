@@ -37,7 +37,7 @@ lint: ## gofmt, vet, and golangci-lint if it is installed, else staticcheck
 	$(GO) vet ./...
 	@if command -v golangci-lint >/dev/null; then golangci-lint run; else $(GO) run $(STATICCHECK) ./...; fi
 
-bench: build ## speed and memory against crypto/tls, into docs/benchmarks: BENCH_RUN=REGEXP BENCH_KERNELS="7 6.12"
+bench: build ## speed and memory against crypto/tls, into docs/benchmarks: BENCH_RUN=pingpong-tls13 BENCH_KERNELS="7 6.12"
 	$(GO) run ./internal/bench/cmd/bench -o docs/benchmarks -readme README.md -bin $(BIN) -run '$(BENCH_RUN)' -kernels '$(BENCH_KERNELS)'
 
 bogo: ## BoringSSL's test runner, which you have, against the record layers: RUNNER=PATH LAYER=software|kernel BOGO_TESTS=GLOB MOVE=1 GUEST=7 (docs/conformance.md)

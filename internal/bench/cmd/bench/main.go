@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime/pprof"
+	"slices"
 	"strings"
 	"time"
 
@@ -70,6 +71,9 @@ func (o options) measure(ctx context.Context) error {
 	if o.turns < 1 {
 		return fmt.Errorf("-turns %d: at least one is needed", o.turns)
 	}
+	if names := names(); o.run != "none" && !slices.ContainsFunc(names, only.MatchString) {
+		return fmt.Errorf("%q matches none of %s; \"none\" writes the texts anew", o.run, strings.Join(names, ", "))
+	}
 	scale := bench.Full
 	scale.Turns = o.turns
 	commit := head()
@@ -116,6 +120,16 @@ func (o options) measure(ctx context.Context) error {
 		err = kerr
 	}
 	return err
+}
+
+// names are all that -run can choose from, each once: some are for both layers.
+func names() []string {
+	names := []string{"idle-software", "idle-kernel"}
+	for _, c := range slices.Concat(bench.SoftwareCases(), bench.KernelCases()) {
+		names = append(names, c.ID)
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
 }
 
 func (o options) wantsGuests(only *regexp.Regexp) bool {
