@@ -90,5 +90,8 @@ func (c *Config) withServerName(host string) *Config {
 	if conf.ServerName == "" {
 		conf.ServerName = host
 	}
-	return &Config{TLS: conf, Mode: c.Mode, HandshakeTimeout: c.HandshakeTimeout, OnHandshakeError: c.OnHandshakeError}
+	return &Config{
+		TLS: conf, Mode: c.Mode, RequireRekey: c.RequireRekey, HandshakeTimeout: c.HandshakeTimeout,
+		Established: c.Established, OnHandshakeError: c.OnHandshakeError,
+	}
 }

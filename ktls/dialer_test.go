@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"reflect"
 	"testing"
 	"time"
 )
@@ -230,4 +231,23 @@ func TestClientTicketsKept(t *testing.T) {
 		t.Error("a ticket of eight days was stored")
 	}
 	sayAndHear(t, c, 1000)
+}
+
+// A dialer may change what is offered, and nothing else of what its Config says.
+func TestDialerKeepsConfig(t *testing.T) {
+	c := &Config{
+		Mode: ModeSoftware, RequireRekey: true, HandshakeTimeout: time.Minute,
+		Established:      func(tls.ConnectionState) error { return nil },
+		OnHandshakeError: func(error) {},
+	}
+	got := c.withServerName("name.example")
+	if got.TLS == nil || got.TLS.ServerName != "name.example" {
+		t.Errorf("TLS %+v", got.TLS)
+	}
+	v := reflect.ValueOf(got).Elem()
+	for _, f := range reflect.VisibleFields(v.Type()) {
+		if f.IsExported() && v.FieldByIndex(f.Index).IsZero() {
+			t.Errorf("%s was lost", f.Name)
+		}
+	}
 }

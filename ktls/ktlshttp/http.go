@@ -166,5 +166,8 @@ func withProto(c *ktls.Config, proto string) *ktls.Config {
 		conf = conf.Clone()
 		conf.NextProtos = []string{proto}
 	}
-	return &ktls.Config{TLS: conf, Mode: c.Mode, HandshakeTimeout: c.HandshakeTimeout, OnHandshakeError: c.OnHandshakeError}
+	return &ktls.Config{
+		TLS: conf, Mode: c.Mode, RequireRekey: c.RequireRekey, HandshakeTimeout: c.HandshakeTimeout,
+		Established: c.Established, OnHandshakeError: c.OnHandshakeError,
+	}
 }

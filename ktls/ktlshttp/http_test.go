@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"reflect"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -222,6 +223,21 @@ func TestServeTwice(t *testing.T) {
 			if err != nil || !bytes.Equal(got, content) {
 				t.Errorf("HTTP/2 %v: %d bytes, %v", http2, len(got), err)
 			}
+		}
+	}
+}
+
+// NewTransport replaces NextProtos, and nothing else of what its dialer's Config says.
+func TestTransportKeepsConfig(t *testing.T) {
+	got := withProto(&ktls.Config{
+		Mode: ktls.ModeSoftware, RequireRekey: true, HandshakeTimeout: time.Minute,
+		Established:      func(tls.ConnectionState) error { return nil },
+		OnHandshakeError: func(error) {},
+	}, ProtoHTTP2)
+	v := reflect.ValueOf(got).Elem()
+	for _, f := range reflect.VisibleFields(v.Type()) {
+		if f.IsExported() && v.FieldByIndex(f.Index).IsZero() {
+			t.Errorf("%s was lost", f.Name)
 		}
 	}
 }
