@@ -22,6 +22,29 @@ func printJSON(w io.Writer, v any) error {
 	return e.Encode(v)
 }
 
+// answer prints the report of a command, which has its exit code in it.
+func answer[R any](a *app, asJSON bool, rep R, forPeople func(io.Writer, R), code admin.Outcome) error {
+	if asJSON {
+		if err := printJSON(a.out, rep); err != nil {
+			return err
+		}
+	} else {
+		forPeople(a.out, rep)
+	}
+	return quietly(int(code))
+}
+
+// noReport is the answer of such a command when it failed before there was a report:
+// with --json an empty one that says why. It returns err with its exit code.
+func (a *app) noReport(err error, asJSON bool, empty any, code int) error {
+	if asJSON {
+		if perr := printJSON(a.out, empty); perr != nil {
+			return perr
+		}
+	}
+	return &codedError{code, err}
+}
+
 // failed is the answer of a command that has none: with --json that is an object too,
 // with the field error, so that scripts need not tell an empty answer from a broken
 // one. It returns err.

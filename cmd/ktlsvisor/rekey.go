@@ -84,21 +84,9 @@ func (a *app) rekey(ctx context.Context, req admin.RekeyRequest, asJSON bool) er
 		case errors.Is(err, admin.ErrInterrupted):
 			fmt.Fprintln(a.err, "The supervisor was restarted; no session is lost. Sessions whose keys had not changed keep them: ask again.")
 		}
-		if asJSON {
-			if perr := printJSON(a.out, admin.RekeyReport{Outcome: admin.Outcome(code), Error: err.Error()}); perr != nil {
-				return perr
-			}
-		}
-		return &codedError{code, err}
+		return a.noReport(err, asJSON, admin.RekeyReport{Outcome: admin.Outcome(code), Error: err.Error()}, code)
 	}
-	if asJSON {
-		if err := printJSON(a.out, rep); err != nil {
-			return err
-		}
-	} else {
-		printRekey(a.out, rep)
-	}
-	return quietly(int(rep.Outcome))
+	return answer(a, asJSON, rep, printRekey, rep.Outcome)
 }
 
 func printRekey(w io.Writer, rep *admin.RekeyReport) {

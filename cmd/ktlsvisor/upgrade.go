@@ -103,24 +103,12 @@ func (a *app) upgradePools(ctx context.Context, req admin.UpgradeRequest, comman
 	if err != nil {
 		return a.upgradeFailed(err, asJSON, a.codeOfFailure(ctx, err, before))
 	}
-	if asJSON {
-		if err := printJSON(a.out, rep); err != nil {
-			return err
-		}
-	} else {
-		printUpgrade(a.out, rep)
-	}
-	return quietly(int(rep.Outcome))
+	return answer(a, asJSON, rep, printUpgrade, rep.Outcome)
 }
 
 // upgradeFailed reports an upgrade that has no report of its own.
 func (a *app) upgradeFailed(err error, asJSON bool, code int) error {
-	if asJSON {
-		if perr := printJSON(a.out, admin.UpgradeReport{Outcome: admin.Outcome(code), Pools: []admin.PoolReport{}, Error: err.Error()}); perr != nil {
-			return perr
-		}
-	}
-	return &codedError{code, err}
+	return a.noReport(err, asJSON, admin.UpgradeReport{Outcome: admin.Outcome(code), Pools: []admin.PoolReport{}, Error: err.Error()}, code)
 }
 
 // codeOfFailure: where the supervisor died over an upgrade, its successor has
@@ -236,22 +224,15 @@ func (a *app) upgradeSupervisor(ctx context.Context, asJSON bool) error {
 		if ctx.Err() != nil {
 			code = exitSignal
 		}
-		if asJSON {
-			if perr := printJSON(a.out, admin.SupervisorReport{Outcome: admin.Outcome(code), Error: err.Error()}); perr != nil {
-				return perr
-			}
-		}
-		return &codedError{code, err}
+		return a.noReport(err, asJSON, admin.SupervisorReport{Outcome: admin.Outcome(code), Error: err.Error()}, code)
 	}
-	switch {
-	case asJSON:
-		if err := printJSON(a.out, rep); err != nil {
-			return err
-		}
-	case rep.Outcome == admin.OutcomeMoved:
-		fmt.Fprintf(a.out, "The supervisor was replaced: pid %d -> %d (%.2f s). Workers and sessions were not touched.\n", rep.OldPID, rep.NewPID, rep.DurationSecs)
-	default:
-		fmt.Fprintf(a.out, "The supervisor was not replaced; pid %d serves on: %s\n", rep.OldPID, clean(rep.Error))
+	return answer(a, asJSON, rep, printSupervisor, rep.Outcome)
+}
+
+func printSupervisor(w io.Writer, rep *admin.SupervisorReport) {
+	if rep.Outcome == admin.OutcomeMoved {
+		fmt.Fprintf(w, "The supervisor was replaced: pid %d -> %d (%.2f s). Workers and sessions were not touched.\n", rep.OldPID, rep.NewPID, rep.DurationSecs)
+		return
 	}
-	return quietly(int(rep.Outcome))
+	fmt.Fprintf(w, "The supervisor was not replaced; pid %d serves on: %s\n", rep.OldPID, clean(rep.Error))
 }
