@@ -3,6 +3,7 @@ package handoff
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -220,4 +221,16 @@ func (c *Conn) usableLocked() (*ktls.Conn, error) {
 		return nil, ErrMoving
 	}
 	return c.tls, nil
+}
+
+// staying is the session for an operation that is not begun once a move is wanted.
+func (c *Conn) staying() (*ktls.Conn, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s, err := c.usableLocked()
+	if err == nil && c.wantsOutLocked() {
+		err = ErrMoving
+	}
+	c.told = c.told || errors.Is(err, ErrMoving)
+	return s, err
 }

@@ -187,13 +187,7 @@ func (c *Conn) CloseWrite() error {
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
 	for {
-		c.mu.Lock()
-		s, err := c.usableLocked()
-		if err == nil && c.wantsOutLocked() {
-			err = ErrMoving
-		}
-		c.told = c.told || errors.Is(err, ErrMoving)
-		c.mu.Unlock()
+		s, err := c.staying()
 		if err != nil {
 			return err
 		}

@@ -232,13 +232,7 @@ func (w *worker) tellRekeys() {
 func (c *Conn) KeyUpdate(requestPeer bool) error {
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
-	c.mu.Lock()
-	s, err := c.usableLocked()
-	if err == nil && c.wantsOutLocked() {
-		err = ErrMoving
-	}
-	c.told = c.told || errors.Is(err, ErrMoving)
-	c.mu.Unlock()
+	s, err := c.staying()
 	if err != nil {
 		return err
 	}

@@ -82,6 +82,22 @@ func resting(t *testing.T) (*proc, *sess, *sleeper) {
 	return p, s, r
 }
 
+// asleepWithConn is a session at rest, and the Conn that its handler had.
+func asleepWithConn(t *testing.T) (*proc, *sess, <-chan *Conn) {
+	t.Helper()
+	conns := make(chan *Conn, 10)
+	r := newSleeper()
+	p := startProc(t, func(ctx context.Context, c *Conn) error {
+		conns <- c
+		return r.serve(ctx, c)
+	}, WithRest(restTest))
+	s := software(t)
+	p.give(s)
+	r.rested(t, 1)
+	asleep(p, s)
+	return p, s, conns
+}
+
 // An idle session has no handler, and has one again as soon as there is input.
 func TestRest(t *testing.T) {
 	p, s, r := resting(t)
@@ -143,16 +159,7 @@ func TestRestEnds(t *testing.T) {
 		}
 	})
 	t.Run("closed by the application", func(t *testing.T) {
-		conns := make(chan *Conn, 10)
-		r := newSleeper()
-		p := startProc(t, func(ctx context.Context, c *Conn) error {
-			conns <- c
-			return r.serve(ctx, c)
-		}, WithRest(restTest))
-		s := software(t)
-		p.give(s)
-		r.rested(t, 1)
-		asleep(p, s)
+		p, s, conns := asleepWithConn(t)
 		_ = (<-conns).Close()
 		s.eof()
 		p.expectClosed(s, wire.ReasonOwner)
@@ -171,16 +178,7 @@ func TestRestEnds(t *testing.T) {
 
 // What another goroutine of the application writes goes out at once.
 func TestRestAndWrite(t *testing.T) {
-	conns := make(chan *Conn, 10)
-	r := newSleeper()
-	p := startProc(t, func(ctx context.Context, c *Conn) error {
-		conns <- c
-		return r.serve(ctx, c)
-	}, WithRest(restTest))
-	s := software(t)
-	p.give(s)
-	r.rested(t, 1)
-	asleep(p, s)
+	_, s, conns := asleepWithConn(t)
 	if _, err := io.WriteString(<-conns, "news"); err != nil {
 		t.Fatal(err)
 	}
