@@ -21,12 +21,15 @@ import (
 // sessions that come over descriptor 3 instead of running tests.
 const childEnv = "KTLSVISOR_TEST_KTLS_OWNER"
 
-func init() {
-	if os.Getenv(childEnv) == "" {
+func init() { secondProcess(childEnv, childOwner) }
+
+// secondProcess ends the process after run, if it was started with env set.
+func secondProcess(env string, run func() error) {
+	if os.Getenv(env) == "" {
 		return
 	}
-	if err := childOwner(); err != nil {
-		fmt.Fprintln(os.Stderr, "child:", err)
+	if err := run(); err != nil {
+		fmt.Fprintf(os.Stderr, "second process, %s: %v\n", env, err)
 		os.Exit(1)
 	}
 	os.Exit(0)

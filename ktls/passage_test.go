@@ -18,16 +18,7 @@ import (
 // it back.
 const passageEnv = "KTLSVISOR_TEST_KTLS_PASSAGE"
 
-func init() {
-	if os.Getenv(passageEnv) == "" {
-		return
-	}
-	if err := passageChild(); err != nil {
-		fmt.Fprintln(os.Stderr, "passage:", err)
-		os.Exit(1)
-	}
-	os.Exit(0)
-}
+func init() { secondProcess(passageEnv, passageChild) }
 
 func passageChild() error {
 	ch, err := sys.NewPacketConn(3)

@@ -450,27 +450,15 @@ func TestSupervisorDiesWhileKeysChange(t *testing.T) {
 				f.expectRekey(wire.TypeSend, ref)
 				k.wrote(1)
 			},
-			then: func(f *fake, k *fakeKernel, ref wire.Ref) {
-				f.say(wire.TypeSent, ref)
-				f.expectRekey(wire.TypePause, ref)
-				f.expectRekey(wire.TypeContinue, ref)
-			}, tx: 1,
+			then: (*fake).sent, tx: 1,
 		},
 		"before the sending key is set": {
-			run: func(u *unit, f *fake, k *fakeKernel, ref wire.Ref) { u.dieSettingTX(f, k, ref, false) },
-			then: func(f *fake, k *fakeKernel, ref wire.Ref) {
-				f.say(wire.TypeSent, ref)
-				f.expectRekey(wire.TypePause, ref)
-				f.expectRekey(wire.TypeContinue, ref)
-			}, tx: 1,
+			run:  func(u *unit, f *fake, k *fakeKernel, ref wire.Ref) { u.dieSettingTX(f, k, ref, false) },
+			then: (*fake).sent, tx: 1,
 		},
 		"after the sending key is set": {
-			run: func(u *unit, f *fake, k *fakeKernel, ref wire.Ref) { u.dieSettingTX(f, k, ref, true) },
-			then: func(f *fake, k *fakeKernel, ref wire.Ref) {
-				f.say(wire.TypeSent, ref)
-				f.expectRekey(wire.TypePause, ref)
-				f.expectRekey(wire.TypeContinue, ref)
-			}, tx: 1,
+			run:  func(u *unit, f *fake, k *fakeKernel, ref wire.Ref) { u.dieSettingTX(f, k, ref, true) },
+			then: (*fake).sent, tx: 1,
 		},
 		"CONTINUE sent": {
 			run: func(u *unit, f *fake, k *fakeKernel, ref wire.Ref) {
@@ -495,6 +483,14 @@ func TestSupervisorDiesWhileKeysChange(t *testing.T) {
 			}
 		})
 	}
+}
+
+// sent is a worker that has carried out SEND, and hears how it ends.
+func (f *fake) sent(_ *fakeKernel, ref wire.Ref) {
+	f.t.Helper()
+	f.say(wire.TypeSent, ref)
+	f.expectRekey(wire.TypePause, ref)
+	f.expectRekey(wire.TypeContinue, ref)
 }
 
 func (f *fake) wantUpdate(ref wire.Ref) {
