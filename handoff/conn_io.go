@@ -63,7 +63,7 @@ func (c *Conn) read(p []byte, waitOnly bool) (n int, err error) {
 		} else {
 			n, err = s.Read(p)
 		}
-		if c.since.Swap(0) == 0 && err == nil {
+		if c.since.Swap(0) == 0 && !errors.Is(err, os.ErrDeadlineExceeded) {
 			c.fresh()
 		}
 		if n > 0 {

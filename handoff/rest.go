@@ -91,7 +91,7 @@ func (c *Conn) tire(now uint32) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	idle := c.dead == nil && !c.detached && !c.moving.on && !c.stopping && !c.flushing && c.barrier == nil &&
-		c.holds == 0 && c.rdl.IsZero() && c.tls.Buffered() == 0 && c.tls.Pending() == 0
+		c.holds == 0 && c.rdl.IsZero() && c.tls.Buffered() == 0 && c.tls.Pending() == 0 && !c.tls.Lent()
 	if !idle || !c.since.CompareAndSwap(since, 0) { // Read came back
 		return false
 	}
@@ -100,8 +100,16 @@ func (c *Conn) tire(now uint32) bool {
 	return true
 }
 
-// fresh takes tire back: there was input after all, and what the handler writes now is
-// to be sent.
+// isTired reports that the handler was asked to return for a rest, and for nothing else
+// since: only then it has nothing more to do before there is input.
+func (c *Conn) isTired() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.tired
+}
+
+// fresh takes tire back: there was input after all, or its end, and what the handler
+// writes now is to be sent.
 func (c *Conn) fresh() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -114,11 +122,17 @@ func (c *Conn) fresh() {
 // cannot, and the handler has to run.
 func (w *worker) sleep(s *session) bool {
 	c := s.conn
-	c.thaw() // other goroutines of the application may still write, or close it
 	c.mu.Lock()
 	c.told = false
+	c.wdl = time.Time{} // the handler's, and for what is sent now it would be over
 	c.mu.Unlock()
-	if w.rest.after == 0 || c.session().Buffered() > 0 {
+	c.thaw() // other goroutines of the application may still write, or close it
+	if w.rest.after == 0 || s.join != nil || s.group != "" || c.session().Buffered() > 0 {
+		return false
+	}
+	if c.session().Lent() {
+		// Records under the next key may be here already, and the kernel does not report
+		// them when that key is set: Read waits for that.
 		return false
 	}
 	c.session().Trim()

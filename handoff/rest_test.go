@@ -230,3 +230,95 @@ func TestRestLayers(t *testing.T) {
 		s.say("there", "there")
 	})
 }
+
+// What a handler says before its session gets a rest is sent, also when the deadline of
+// what it wrote before is long over.
+func TestLastWordBeforeRest(t *testing.T) {
+	p := startProc(t, func(_ context.Context, c *Conn) error {
+		if err := c.SetWriteDeadline(time.Now().Add(time.Millisecond)); err != nil {
+			return err
+		}
+		_, err := c.Read(make([]byte, 1))
+		if errors.Is(err, ErrMoving) && !c.Restored() {
+			_, _ = io.WriteString(c, "later")
+		}
+		return err
+	}, WithRest(restTest))
+	s := software(t)
+	p.give(s)
+	s.read("later")
+}
+
+// A handler that was asked to return for a move which is called off runs again at once,
+// although it was once about to get a rest.
+func TestNoRestForTheMoved(t *testing.T) {
+	runs, told, back := make(chan *Conn, 10), make(chan error), make(chan struct{})
+	p := startProc(t, func(_ context.Context, c *Conn) error {
+		runs <- c
+		_, err := c.Read(make([]byte, 1))
+		if errors.Is(err, ErrMoving) {
+			told <- err
+			<-back
+		}
+		return err
+	}, WithRest(time.Hour))
+	s := software(t)
+	p.give(s)
+	c := <-runs
+	if err := p.w.call(t.Context(), func(done func(error)) {
+		m := p.w.sessions[s.id]
+		m.resting, m.frozen = true, true // as restIdle, and then there was input
+		done(nil)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	c.fresh()
+	e := newEpoch()
+	p.refs(wire.TypeFreeze, s.ref(e))
+	<-told
+	p.refs(wire.TypeThaw, s.ref(e))
+	p.inventory()
+	close(back)
+	select {
+	case <-runs:
+	case <-time.After(patience):
+		t.Error("the handler was not started again")
+	}
+	_ = s.cli.CloseWrite()
+	p.expectClosed(s, wire.ReasonPeer)
+}
+
+// A handler that has seen the end of the input may still answer at length.
+func TestNoRestAtTheEnd(t *testing.T) {
+	ended := make(chan bool, 1)
+	p := startProc(t, func(_ context.Context, c *Conn) error {
+		_, err := c.Read(make([]byte, 1))
+		if errors.Is(err, io.EOF) {
+			ended <- c.isTired()
+		}
+		return err
+	}, WithRest(time.Hour))
+	s := software(t)
+	p.give(s)
+	for begin, waits := time.Now(), false; !waits; {
+		if err := p.w.call(t.Context(), func(done func(error)) {
+			c := p.w.sessions[s.id].conn
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			if waits = c.since.Swap(0) != 0; waits {
+				c.tired = true // by a tire whose interruption comes too late
+			}
+			done(nil)
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if time.Since(begin) > patience {
+			t.Fatal("the handler does not read")
+		}
+	}
+	_ = s.cli.CloseWrite()
+	if <-ended {
+		t.Error("the handler is still to return for a rest")
+	}
+	p.expectClosed(s, wire.ReasonPeer)
+}

@@ -161,6 +161,7 @@ func (w *worker) returned(s *session, err error, panicked bool) {
 		w.log.Error("handler returned ErrMoving although no move was wanted; its session is closed", "session", s.id)
 		w.end(s, wire.ReasonHandler, err)
 	default:
+		s.resting = s.resting && s.conn.isTired()
 		s.conn.ranOnce()
 		w.step(s)
 	}
