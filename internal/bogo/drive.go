@@ -69,7 +69,7 @@ func (d *Drive) Run(ctx context.Context) (*Verdict, error) {
 	case ctx.Err() != nil:
 		return nil, fmt.Errorf("runner: %w", ctx.Err())
 	case err != nil:
-		return nil, fmt.Errorf("runner %s left no results: %w (%w)\n%s", d.Runner, err, errors.Join(runErr), tail(said.String()))
+		return nil, fmt.Errorf("runner %s left no results: %w\n%s", d.Runner, errors.Join(err, runErr), tail(said.String()))
 	}
 	return judge(list, outcomes, d.Layer, d.Move), nil
 }
