@@ -16,9 +16,14 @@ import (
 // rekeying is a session of the kernel layer whose client changes keys, and its worker.
 func rekeying(t *testing.T) (*proc, *sess) {
 	t.Helper()
+	return rekeyingWith(t, echoHandler)
+}
+
+func rekeyingWith(t *testing.T, h HandlerFunc, opts ...Option) (*proc, *sess) {
+	t.Helper()
 	guest.NeedKernelTLS(t)
 	guest.NeedKernel(t, 6, 14, "a change of keys")
-	p := startProc(t, echoHandler)
+	p := startProc(t, h, opts...)
 	s := newSessionOf(t, ktls.ModeKernel, func(addr string) (clientConn, error) {
 		tcp, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", addr)
 		if err != nil {

@@ -91,7 +91,7 @@ func (c *Conn) tire(now uint32) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	idle := c.dead == nil && !c.detached && !c.moving.on && !c.stopping && !c.flushing && c.barrier == nil &&
-		c.holds == 0 && c.rdl.IsZero() && c.tls.Buffered() == 0 && c.tls.Pending() == 0 && !c.tls.Lent()
+		c.holds == 0 && c.rdl.IsZero() && c.tls.Buffered() == 0 && c.tls.Pending() == 0
 	if !idle || !c.since.CompareAndSwap(since, 0) { // Read came back
 		return false
 	}
@@ -128,11 +128,6 @@ func (w *worker) sleep(s *session) bool {
 	c.mu.Unlock()
 	c.thaw() // other goroutines of the application may still write, or close it
 	if w.rest.after == 0 || s.join != nil || s.group != "" || c.session().Buffered() > 0 {
-		return false
-	}
-	if c.session().Lent() {
-		// Records under the next key may be here already, and the kernel does not report
-		// them when that key is set: Read waits for that.
 		return false
 	}
 	c.session().Trim()

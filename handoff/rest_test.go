@@ -322,3 +322,18 @@ func TestNoRestAtTheEnd(t *testing.T) {
 	}
 	p.expectClosed(s, wire.ReasonPeer)
 }
+
+// Data that came before its key wakes a session that got its rest in between: the
+// kernel reports it when the key is set, though it hides it until then.
+func TestRestAndKeys(t *testing.T) {
+	p, s := rekeyingWith(t, newSleeper().serve, WithRest(restTest))
+	s.changeKeys(false)
+	s.write("under the next key\n")
+	if r := p.told(wire.TypeKeyUpdate, s); r.Count != 1 {
+		t.Fatalf("KEY_UPDATE %+v", r)
+	}
+	asleep(p, s)
+	s.set(ktls.Receiving)
+	p.order(wire.TypeRekeyed, wire.Rekey{Ref: s.own(), Count: 1})
+	s.read("under the next key\n")
+}
