@@ -49,6 +49,8 @@ const (
 	FeatureOffload  = "offload"        // keys of a version and cipher, in one direction
 	FeatureReadKeys = "key check"      // an imported socket's version and cipher can be verified
 	FeatureRekey    = "rekey"          // a KeyUpdate can be followed
+	FeatureSendfile = "sendfile"       // io.Copy from a file need not copy
+	FeatureSplice   = "splice"         // io.Copy from (send) or to (receive) a socket or pipe need not copy
 	FeatureSoftware = "software layer" // the layer that needs no kernel
 )
 

@@ -32,11 +32,14 @@ var (
 // ReadFrom sends what r gives until its end; io.Copy calls it. In the kernel layer
 // a regular *os.File, also in an *io.LimitedReader as io.CopyN and http.ServeContent
 // make one, goes out by sendfile(2), from the file's offset on, which ends up behind
-// what was taken. Everything else is copied.
+// what was taken. What comes in bulk from a *net.TCPConn, a stream *net.UnixConn or a
+// pipe goes by splice(2) where Probe says that this kernel gets it right. Everything
+// else is copied.
 //
-// The count includes bytes that a deadline kept from being sent: they are pending
-// and must not be sent again. As with io.Copy, bytes that were read from an r other
-// than a file and not taken are gone.
+// The count includes bytes that a deadline kept from being sent: they are pending,
+// here or after a move, and must not be sent again. So r is then just behind what was
+// counted, except that more than MaxQueued bytes are never pending, and bytes that were
+// read from an r other than a file and found no place are gone, as with io.Copy.
 func (c *Conn) ReadFrom(r io.Reader) (int64, error) {
 	var n int64
 	if fs, ok := c.layer.(fileSender); ok {
@@ -160,14 +163,29 @@ func (c *Conn) sendFile(fs fileSender, f file, fd uintptr, count int) (n int, er
 	return n, err
 }
 
-// readFrom copies.
+// readFrom copies, and splices while that pays.
 func (c *Conn) readFrom(r io.Reader) (sent int64, err error) {
 	b := getBuffer(smallBuf)
 	defer func() { putBuffer(b) }()
-	for {
-		n, rerr := r.Read(b.b)
+	bulk := newPipeline(c.layer, r)
+	defer func() { bulk.close() }()
+	for n, rerr := 0, error(nil); ; {
+		for more := bulk != nil && n >= bulkRead; more; {
+			var k int64
+			k, more, err = bulk.round(c)
+			if sent += k; err != nil {
+				return sent, err
+			}
+		}
+		if n < smallBuf {
+			bulk.close() // a source that has become slow
+		}
+		n, rerr = r.Read(b.b)
 		if n > 0 {
 			k, err := c.Write(b.b[:n])
+			if errors.Is(err, os.ErrDeadlineExceeded) && c.QueueWrite(b.b[k:n]) == nil {
+				k = n // the source cannot take it back
+			}
 			sent += int64(k)
 			if err != nil {
 				return sent, err
@@ -184,8 +202,9 @@ func (c *Conn) readFrom(r io.Reader) (sent int64, err error) {
 }
 
 // WriteTo gives w what Read reads, until io.EOF; io.Copy calls it. It never splices:
-// splice(2) fails for ever at a control record. What w did not take can be read
-// again.
+// splice(2) out of a session says the same of a control record and of one that is no
+// record at all, of which the kernel speaks only once, and the same of an empty record
+// and the end of the stream. What w did not take can be read again.
 func (c *Conn) WriteTo(w io.Writer) (written int64, err error) {
 	size := smallBuf
 	for {

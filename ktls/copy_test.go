@@ -16,10 +16,16 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/internal/vmtest/guest"
 )
 
-// sendfileSpy counts what leaves by sendfile.
+// sendfileSpy counts what leaves by sendfile and by splice.
 type sendfileSpy struct {
 	*kernelLayer
-	sent int
+	sent, spliced int
+}
+
+func (s *sendfileSpy) sendPipe(pipe uintptr, count int) (int, uint64, error) {
+	n, records, err := s.kernelLayer.sendPipe(pipe, count)
+	s.spliced += n
+	return n, records, err
 }
 
 func (s *sendfileSpy) sendFile(file uintptr, count int) (int, error) {

@@ -89,7 +89,7 @@ func (r *record) check(f *facts) error {
 		return errors.New("more opened bytes than a record holds")
 	case len(r.Sealed) > 2*bigBuf:
 		return fmt.Errorf("%d sealed bytes, the limit is %d", len(r.Sealed), 2*bigBuf)
-	case len(r.Queued) > MaxQueued:
+	case len(r.Queued) > MaxQueued+splicePipe:
 		return ErrQueueFull
 	case len(r.Hand) > maxHandshakeMessage+maxPlaintext:
 		return errors.New("half handshake message too long")

@@ -52,7 +52,7 @@ func TestImportRefuses(t *testing.T) {
 		{name: "too much ciphertext", rec: func(r *record) { r.Raw = make([]byte, bigBuf+1) }},
 		{name: "too much plaintext", rec: func(r *record) { r.Plain = make([]byte, maxPlaintext+1) }},
 		{name: "too much sealed", rec: func(r *record) { r.Sealed = make([]byte, 3*bigBuf) }},
-		{name: "too much queued", rec: func(r *record) { r.Queued = make([]byte, MaxQueued+1) }},
+		{name: "too much queued", rec: func(r *record) { r.Queued = make([]byte, MaxQueued+splicePipe+1) }},
 		{name: "too much handshake", rec: func(r *record) { r.Hand = make([]byte, 1<<18) }},
 		{name: "control record in software", rec: func(r *record) { r.Ctl, r.CtlTyp = []byte{1}, typeAlert }},
 		{name: "unknown end", rec: func(r *record) { r.RXEnd = 9 }},

@@ -114,6 +114,7 @@ func probe(k kernelEdge) *Capabilities {
 		}
 	}
 	caps.Checks = append(caps.Checks, k.probeKeys(module)...)
+	caps.Checks = append(caps.Checks, k.probeCopies(module)...)
 	software := Check{Feature: FeatureSoftware, Status: StatusSupported}
 	if !k.softwareOK {
 		software.Status = StatusUnsupported

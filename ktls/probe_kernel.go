@@ -24,6 +24,8 @@ type kernelEdge struct {
 	setKeys    func(c *net.TCPConn, dir sys.TLSDirection, info []byte) error
 	hasKeys    func(c *net.TCPConn, dir sys.TLSDirection) (version, cipher uint16, err error)
 	carries    func(from, to *net.TCPConn) error
+	sendsFile  func(from, to *net.TCPConn) error
+	splices    func(from, to *net.TCPConn) error
 	moduleFile func(release string) moduleFile
 	softwareOK bool
 }
@@ -36,6 +38,8 @@ func realKernel() kernelEdge {
 		setKeys:    setKeysOn,
 		hasKeys:    hasKeysOn,
 		carries:    carriesRecord,
+		sendsFile:  sendsFile,
+		splices:    splices,
 		moduleFile: findModule,
 		softwareOK: !fips140.Enforced(),
 	}

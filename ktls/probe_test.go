@@ -29,6 +29,7 @@ type fakeKernel struct {
 	rekey     bool
 	setErr    func(version, cipher uint16, dir sys.TLSDirection) error
 	carryErr  error
+	copyErr   error
 	readErr   error
 }
 
@@ -68,6 +69,8 @@ func (f fakeKernel) edge() kernelEdge {
 			return binary.NativeEndian.Uint16(h[:]), binary.NativeEndian.Uint16(h[2:]), f.readErr
 		},
 		carries:    func(_, _ *net.TCPConn) error { return f.carryErr },
+		sendsFile:  func(_, _ *net.TCPConn) error { return f.copyErr },
+		splices:    func(_, _ *net.TCPConn) error { return f.copyErr },
 		moduleFile: func(string) moduleFile { return f.module },
 		softwareOK: f.software,
 	}
@@ -321,7 +324,7 @@ func TestKernelProbe(t *testing.T) {
 	}
 	for _, k := range caps.Checks {
 		want := StatusSupported
-		if k.Feature == FeatureRekey && !wantRekey {
+		if k.Feature == FeatureRekey && !wantRekey || k.Feature == FeatureSplice && k.Direction == DirectionReceive {
 			want = StatusUnsupported
 		}
 		if k.Status != want {
