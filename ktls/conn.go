@@ -291,15 +291,17 @@ func (c *Conn) flush() error {
 	if err := c.flushLayer(); err != nil {
 		return err
 	}
-	if len(c.queued) == 0 {
-		return nil
+	// Piece by piece: send may give up wmu before each, and whoever comes in then (Close,
+	// Detach) must find only what was not taken.
+	for len(c.queued) > 0 {
+		n, err := c.send(c.queued[:min(len(c.queued), writeChunk)])
+		c.queued = c.queued[n:]
+		if err != nil {
+			return err
+		}
 	}
-	n, err := c.send(c.queued)
-	c.queued = c.queued[n:]
-	if len(c.queued) == 0 {
-		c.queued = nil
-	}
-	return err
+	c.queued = nil
+	return nil
 }
 
 func (c *Conn) flushLayer() error {

@@ -63,6 +63,7 @@ type relayed struct {
 	wanted  bool // KeyUpdateWanted was called and nothing sent since
 	request bool // with request set
 	updates uint64
+	over    bool // nothing can be sent any more, so nobody need wait for a KeyUpdate
 }
 
 func (r *relayed) changed() {
@@ -111,7 +112,7 @@ func (r *relayed) wait(deadline *time.Time, ready func() bool) error {
 
 // blocked reports that no data may be written. The caller holds mu.
 func (r *relayed) blocked() bool {
-	return r.hold || r.paused || r.debts > r.paid || r.wanted
+	return !r.over && (r.hold || r.paused || r.debts > r.paid || r.wanted)
 }
 
 // SetRelay leaves changes of the session's keys to r. It is called once, before
@@ -254,7 +255,9 @@ func (c *Conn) Pause() error {
 	var err error
 	r.do(func() {
 		r.hold = false
-		if err = r.endLocked(c); err == nil && !r.paused {
+		if err = r.endLocked(c); err != nil {
+			r.over = true // an end is final; writers are told which it was
+		} else if !r.paused {
 			r.paused, r.sent = true, false
 		}
 	})
@@ -344,19 +347,27 @@ func (c *Conn) awaitKey() error {
 }
 
 // awaitTurn waits until data may be written, with wmu given up meanwhile. Other writers
-// are kept out by turn.
+// are kept out by turn. What it waited for counts only while it holds wmu again: before,
+// another Pause, Detach or Close may have come in between.
 func (c *Conn) awaitTurn() error {
 	r := c.rel
-	r.mu.Lock()
-	blocked := r.blocked()
-	r.mu.Unlock()
-	if !blocked {
-		return nil
+	for {
+		if c.closed.Load() {
+			return net.ErrClosed
+		}
+		r.mu.Lock()
+		blocked := r.blocked()
+		r.mu.Unlock()
+		if !blocked {
+			return nil
+		}
+		c.wmu.Unlock()
+		err := r.wait(&r.wdl, func() bool { return !r.blocked() })
+		c.wmu.Lock()
+		if err != nil {
+			return err
+		}
 	}
-	c.wmu.Unlock()
-	err := r.wait(&r.wdl, func() bool { return !r.blocked() })
-	c.wmu.Lock()
-	return err
 }
 
 // keyUpdateByRelay is KeyUpdate in a Conn with a relay.
@@ -367,8 +378,19 @@ func (c *Conn) keyUpdateByRelay(request bool) error {
 	r.mu.Unlock()
 	r.want(request)
 	c.wmu.Unlock()
-	err := r.wait(&r.wdl, func() bool { return r.updates > before && !r.blocked() })
+	err := r.wait(&r.wdl, func() bool { return r.over || r.updates > before && !r.blocked() })
 	c.wmu.Lock()
+	if err != nil {
+		return c.writeFailed(err)
+	}
+	r.mu.Lock()
+	done := r.updates > before
+	r.mu.Unlock()
+	if !done {
+		if err = c.writable(); err == nil {
+			err = errWriteClosed
+		}
+	}
 	return err
 }
 
