@@ -252,9 +252,12 @@ func (c *Conn) Pause() error {
 	r.do(func() { r.hold = true })
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
-	var err error
+	err := c.closeRecord()
 	r.do(func() {
 		r.hold = false
+		if err != nil {
+			return
+		}
 		if err = r.endLocked(c); err != nil {
 			r.over = true // an end is final; writers are told which it was
 		} else if !r.paused {
@@ -273,6 +276,23 @@ func (r *relayed) endLocked(c *Conn) error {
 		return *f
 	case c.txEnd != endOpen || c.werr != nil:
 		return errWriteClosed
+	}
+	return nil
+}
+
+// closeRecord makes sure that the kernel keeps no record open for more, as it may after
+// a copy from a file or pipe that a deadline ended: such a record would get its sequence
+// number in the pause, together with the KeyUpdate. The copy left a byte for this in the
+// pending output, which was taken from the source before any pause was wanted.
+func (c *Conn) closeRecord() error {
+	if len(c.queued) == 0 || c.rel.inPause() || c.closed.Load() || c.fatal.Load() != nil || c.werr != nil {
+		return nil
+	}
+	n, err := c.layer.write(c.queued[:1])
+	c.txUsed += usage(n)
+	c.queued = c.queued[n:]
+	if err != nil {
+		return c.writeFailed(err)
 	}
 	return nil
 }

@@ -3,8 +3,10 @@ package ktls
 import (
 	"bytes"
 	"errors"
+	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -383,4 +385,58 @@ func TestRelayKeyUpdateOfADeadOwner(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.want(typeData, "y")
+}
+
+// A copy from a file that a deadline ended may leave a record open in the kernel. It is
+// closed before the pause, or its sequence number would be taken for the KeyUpdate's.
+func TestRelayPauseClosesAnOpenRecord(t *testing.T) {
+	guest.NeedKernelTLS(t)
+	guest.NeedKernel(t, 6, 14, "a change of keys")
+	content := pattern(1 << 20)
+	name := filepath.Join(t.TempDir(), "content")
+	if err := os.WriteFile(name, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 5 { // where the file is cut depends on the moment
+		s := newChanging(t, gcm, true)
+		s.smallBuffers()
+		f, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = s.conn.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+		n, err := io.Copy(s.conn, f)
+		_ = f.Close()
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("Copy to a peer that does not read: %d, %v", n, err)
+		}
+		_ = s.conn.SetDeadline(time.Now().Add(testWait))
+		s.send(typeHandshake, []byte(updateRequest))
+		s.rekeyOut()
+		s.send(typeData, []byte("x"))
+		read := make(chan error, 1)
+		go func() { _, err := s.conn.Read(make([]byte, 1)); read <- err }()
+		var got []byte
+		for {
+			typ, p, err := s.next()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if typ == typeHandshake {
+				break
+			}
+			got = append(got, p...)
+		}
+		s.rekeyIn()
+		if err := <-read; err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.conn.Write([]byte("end")); err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, s.wantData(int(n)-len(got)+len("end"))...)
+		if string(got) != string(content[:n])+"end" {
+			t.Fatalf("%d bytes arrived, %d were taken, or others", len(got), n)
+		}
+	}
 }

@@ -332,7 +332,9 @@ func (s *Supervisor) onPaused(ss *session, m *wire.Rekey) {
 	switch {
 	case m.Failed != "": // the session is at its end, or does not send any more
 		forget(c)
-		s.owe(ss, 0)
+		if ss.attempt == nil { // otherwise its next owner may have more luck
+			s.owe(ss, 0)
+		}
 		s.endUpdate(ss, errors.New(m.Failed))
 		return
 	case r.stage == stagePaused || r.stage == stageSending || r.stage == stageSent:
