@@ -178,6 +178,22 @@ func TestKeysWithoutASupervisor(t *testing.T) {
 	}
 }
 
+// Nor can a KeyUpdate be sent that is owed: whoever wants to write would wait for ever.
+func TestDebtsWithoutASupervisor(t *testing.T) {
+	p, s := rekeying(t)
+	s.changeKeys(true)
+	p.told(wire.TypeKeyUpdate, s)
+	s.set(ktls.Receiving)
+	p.order(wire.TypeRekeyed, wire.Rekey{Ref: s.own(), Count: 1})
+	p.inventory()
+	p.told(wire.TypeWantUpdate, s)
+	_ = p.ch.Close()
+	s.eof()
+	if err := p.result(); !errors.Is(err, ErrSupervisorGone) {
+		t.Errorf("Serve: %v", err)
+	}
+}
+
 // The application may want other keys, in either layer.
 func TestKeyUpdateByTheApplication(t *testing.T) {
 	h := func(_ context.Context, c *Conn) error {

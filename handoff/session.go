@@ -258,6 +258,10 @@ func (w *worker) unpark(s *session) {
 				return
 			}
 			s.phase = phaseIdle
+			if w.gone != nil && s.conn.session().AwaitsKeys() {
+				w.keysStay(s)
+				return
+			}
 			w.step(s)
 		})
 	}()
@@ -396,7 +400,7 @@ func (w *worker) orphan() {
 			s.join = nil
 			j.done(ErrSupervisorGone)
 		}
-		if s.attached() && s.lentOut() {
+		if s.attached() && (s.lentOut() || s.conn.session().AwaitsKeys()) {
 			w.keysStay(s)
 			continue
 		}

@@ -188,6 +188,17 @@ func (c *Conn) Lent() bool {
 	return r.paused || r.received > r.rekeyed
 }
 
+// AwaitsKeys reports that reading or writing waits for the relay, or is about to.
+func (c *Conn) AwaitsKeys() bool {
+	r := c.rel
+	if r == nil {
+		return false
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.blocked() || r.received > r.rekeyed
+}
+
 // keyUpdateReceived is handleKeyUpdate's end in a Conn with a relay.
 func (r *relayed) keyUpdateReceived(requested bool) {
 	r.mu.Lock()
