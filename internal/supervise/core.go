@@ -63,6 +63,8 @@ type Supervisor struct {
 	trimAt       time.Time // next look
 	quiescing    bool      // a successor is about to start: begin nothing new
 	holding      bool      // nothing is under way, and nothing begins
+	hold         func()    // called once, when nothing works on a socket; see holdLedger
+	replaced     bool      // a successor leads: nothing more is done here
 	stopping     bool
 	idle         []func() // called when nothing is under way
 	unanswered   []func() // questions that came while quiescing
@@ -126,6 +128,13 @@ func (s *Supervisor) run() {
 			return
 		}
 		s.pump()
+		if f := s.hold; f != nil && s.keyOps == 0 {
+			s.hold = nil
+			f()
+		}
+		if s.replaced { // what has come since is the successor's to see
+			return
+		}
 	}
 }
 

@@ -235,7 +235,19 @@ func (l *ledger) get(i int) (e entry, ok, damaged bool) {
 	return entry{}, false, false
 }
 
-// free marks a slot free and wipes what it held.
+// before is the entry that the newest one of a slot took the place of.
+func (l *ledger) before(i int) (e entry, ok bool) {
+	s := l.slot(i)
+	a, aok := decodeEntry(s[:entrySize])
+	b, bok := decodeEntry(s[entrySize : 2*entrySize])
+	if a.Seq > b.Seq {
+		a = b
+	}
+	return a, aok && bok
+}
+
+// free marks a slot free and wipes what it held. Whoever is killed between the two
+// leaves the wiping to the next supervisor.
 func (l *ledger) free(i int) {
 	l.put(i, entry{Phase: slotFree})
 	clear(l.slot(i)[factsOff:])

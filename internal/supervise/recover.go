@@ -162,6 +162,8 @@ func (s *Supervisor) recoverSessions(ctx context.Context) error {
 			if damaged {
 				s.log.Error("a slot of the ledger is damaged; its session is given up", "slot", i)
 				s.led.count(cntLost, 1)
+			}
+			if ok || damaged {
 				s.led.free(i)
 			}
 			s.freeSlots = append(s.freeSlots, i)
@@ -329,6 +331,9 @@ func (s *Supervisor) undoSplitGroups() {
 			}
 			delete(ss.owner.sessions, ss.id)
 			ss.owner, ss.epoch = old, p.Epoch
+			if e, ok := s.led.before(ss.slot); ok && e.ID == ss.id && e.Epoch == p.Epoch {
+				ss.rxBase = e.RXBase // it counts on from its own adoption
+			}
 			old.sessions[ss.id] = ss
 			s.led.put(ss.slot, ss.slotEntry())
 			if g := s.groupOf(ss); g != nil {

@@ -232,22 +232,42 @@ func (s *Supervisor) holdLedger(ctx context.Context, resume <-chan bool) (paused
 	for _, r := range readers {
 		<-r.reader
 	}
-	// What they posted before they stopped has run when this call has.
-	held := make(chan struct{})
-	s.call(func() {})
+	// What they posted before they stopped has run before what is posted here. Of that,
+	// keys may still be changing: a successor must not come across this process in that,
+	// since a key that both of them set would be used with the same nonces again (I5).
+	held, late := make(chan struct{}), make(chan struct{})
 	var outs []*outbox
-	s.post(func() {
+	outboxes := func() {
 		for _, w := range paused {
 			if w.ch != nil {
 				outs = append(outs, w.out)
 			}
 		}
-		close(held)
-		if <-resume {
-			close(s.stop)
+	}
+	s.post(func() {
+		s.hold = func() {
+			outboxes()
+			close(held)
+			if <-resume {
+				s.replaced = true
+			}
 		}
 	})
-	<-held
+	t := time.AfterFunc(quiesceTimeout, func() {
+		s.post(func() {
+			if s.hold != nil {
+				s.hold = nil
+				outboxes()
+				close(late)
+			}
+		})
+	})
+	defer t.Stop()
+	select {
+	case <-held:
+	case <-late:
+		err = errNotIdle
+	}
 	octx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	for _, o := range outs {
@@ -255,7 +275,7 @@ func (s *Supervisor) holdLedger(ctx context.Context, resume <-chan bool) (paused
 			return paused, err
 		}
 	}
-	return paused, nil
+	return paused, err
 }
 
 func (s *Supervisor) startSuccessor(ctx context.Context, p *process) error {
