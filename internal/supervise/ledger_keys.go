@@ -75,9 +75,21 @@ func (l *ledger) initKeys(i int, tx, rx []byte) error {
 	if len(tx) > maxSecret || len(rx) > maxSecret {
 		return fmt.Errorf("traffic secret of %d bytes: %w", max(len(tx), len(rx)), errTooLarge)
 	}
+	l.wipeKeys(i)
 	encodeKey(l.keyPlace(i, ktls.Sending, 0), 0, 0, tx)
 	encodeKey(l.keyPlace(i, ktls.Receiving, 0), 0, 0, rx)
 	return nil
+}
+
+// wipeKeys makes sure that nothing of a session that had the slot before is left: what is
+// of the next generation would be taken for this session's next key.
+func (l *ledger) wipeKeys(i int) { clear(l.slot(i)[keysOff:]) }
+
+// changing says whether a change of a direction's key is under way.
+func (l *ledger) changing(i int, d ktls.Direction) bool {
+	k := l.keys(i, d)
+	defer k.wipe()
+	return k.next != nil
 }
 
 // keys returns copies, which the caller wipes; the zero value when there are none.

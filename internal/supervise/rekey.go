@@ -46,7 +46,7 @@ const (
 type rekeying struct {
 	stage   stage
 	asked   owed // what SEND was sent for
-	again   bool // something new is owed since
+	again   bool // something new is owed since; of a SEND of a supervisor before this one, too
 	rx      bool // the receiving key is being set
 	ops     int  // goroutines that work on the socket
 	waiters []func(error)
@@ -97,7 +97,7 @@ func (ss *session) change() *rekeying {
 
 // rest forgets a rekeying in which nothing is under way.
 func (ss *session) rest() {
-	if r := ss.rekey; r != nil && r.stage == stageNone && !r.rx && r.ops == 0 && len(r.waiters) == 0 && r.retryAt.IsZero() {
+	if r := ss.rekey; r != nil && r.stage == stageNone && !r.rx && !r.again && r.ops == 0 && len(r.waiters) == 0 && r.retryAt.IsZero() {
 		ss.rekey = nil
 	}
 }
@@ -108,7 +108,9 @@ func (s *Supervisor) owe(ss *session, o owed) {
 		return
 	}
 	ss.owes = o
-	s.led.put(ss.slot, ss.slotEntry())
+	if ss.owner != nil { // else interrupted records all of it, and how it comes to its next owner
+		s.led.put(ss.slot, ss.slotEntry())
+	}
 	if o == 0 {
 		delete(s.owing, ss.id)
 	} else {
@@ -298,6 +300,10 @@ func (s *Supervisor) followKey(ss *session, count uint64) {
 func (s *Supervisor) startUpdate(ss *session, o owed) {
 	s.owe(ss, ss.owes|o)
 	r := ss.change()
+	if o != 0 && r.stage <= stagePausing && s.led.changing(ss.slot, ktls.Sending) {
+		// A supervisor before this one had a KeyUpdate sent, perhaps before this was owed.
+		r.again = true
+	}
 	switch {
 	case r.stage == stageSending || r.stage == stageSent:
 		// An answer to what came before is on its way. A request that came after it wants

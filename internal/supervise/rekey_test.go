@@ -452,6 +452,21 @@ func TestSupervisorDiesWhileKeysChange(t *testing.T) {
 			},
 			then: (*fake).sent, tx: 1,
 		},
+		"record out, and another is owed since": {
+			run: func(u *unit, f *fake, k *fakeKernel, ref wire.Ref) {
+				f.wantUpdate(ref)
+				f.say(wire.TypePaused, ref)
+				f.expectRekey(wire.TypeSend, ref)
+				k.wrote(1)
+			},
+			then: func(f *fake, k *fakeKernel, ref wire.Ref) {
+				f.send(rekeyMessage(wire.TypeWantUpdate, wire.Rekey{Ref: ref}))
+				f.say(wire.TypeSent, ref)
+				f.expectRekey(wire.TypePause, ref) // crosses
+				f.expectRekey(wire.TypeContinue, ref)
+				f.answer(k, ref, false)
+			}, tx: 2,
+		},
 		"before the sending key is set": {
 			run:  func(u *unit, f *fake, k *fakeKernel, ref wire.Ref) { u.dieSettingTX(f, k, ref, false) },
 			then: (*fake).sent, tx: 1,
@@ -574,6 +589,15 @@ func TestKeysInTheLedger(t *testing.T) {
 	l.free(0)
 	if bytes.Contains(l.mem, next) || bytes.Contains(l.mem, rx) {
 		t.Error("a freed slot keeps secrets")
+	}
+	// Whoever was killed while a slot was freed may have left anything in it.
+	k = keyState{}
+	l.prepare(0, ktls.Receiving, &k, next, 0)
+	if err := l.initKeys(0, tx, rx); err != nil {
+		t.Fatal(err)
+	}
+	if got := l.keys(0, ktls.Receiving); got.next != nil {
+		t.Fatal("a key of the session before is this one's next")
 	}
 	if err := l.initKeys(0, make([]byte, 49), rx); !errors.Is(err, errTooLarge) {
 		t.Error(err)
