@@ -219,11 +219,8 @@ const writeChunk = 256 << 10
 func (c *Conn) send(p []byte) (int, error) {
 	taken := 0
 	for taken < len(p) {
-		if err := c.writable(); err != nil {
-			return taken, err
-		}
 		chunk := p[taken:min(len(p), taken+writeChunk)]
-		if err := c.mayUse(usage(len(chunk))); err != nil {
+		if err := c.mayWrite(len(chunk)); err != nil {
 			return taken, err
 		}
 		n, err := c.layer.write(chunk)
@@ -234,6 +231,14 @@ func (c *Conn) send(p []byte) (int, error) {
 		}
 	}
 	return taken, nil
+}
+
+// mayWrite returns when n bytes may be written. It may give up wmu meanwhile.
+func (c *Conn) mayWrite(n int) error {
+	if err := c.writable(); err != nil {
+		return err
+	}
+	return c.mayUse(usage(n))
 }
 
 // writable pays what is owed and says why nothing may be written, or nil.
@@ -291,13 +296,21 @@ func (c *Conn) flush() error {
 	if err := c.flushLayer(); err != nil {
 		return err
 	}
-	// Piece by piece: send may give up wmu before each, and whoever comes in then (Close,
-	// Detach) must find only what was not taken.
+	// Piece by piece, and looked at anew: mayWrite may give up wmu before each, and whoever
+	// comes in then (Close, Detach, Pause) must find, and may take, only what was not taken.
 	for len(c.queued) > 0 {
-		n, err := c.send(c.queued[:min(len(c.queued), writeChunk)])
+		if err := c.mayWrite(min(len(c.queued), writeChunk)); err != nil {
+			return err
+		}
+		chunk := c.queued[:min(len(c.queued), writeChunk)]
+		if len(chunk) == 0 {
+			break
+		}
+		n, err := c.layer.write(chunk)
+		c.txUsed += usage(n)
 		c.queued = c.queued[n:]
 		if err != nil {
-			return err
+			return c.writeFailed(err)
 		}
 	}
 	c.queued = nil

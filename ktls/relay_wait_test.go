@@ -1,6 +1,7 @@
 package ktls
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"net"
@@ -115,6 +116,54 @@ func TestQueueWhileItsWriterWaitsForKeys(t *testing.T) {
 				t.Errorf("Flush: %v", err)
 			}
 		})
+	}
+}
+
+// A pause takes the first byte of the queued output itself, to close a record.
+func TestPauseWhileTheQueueIsSent(t *testing.T) {
+	s, r := newWaiting(t)
+	s.smallBuffers()
+	out := make([]byte, 3*writeChunk)
+	for i := range out {
+		out[i] = byte(i % 251)
+	}
+	if err := s.conn.QueueWrite(out); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- s.conn.Flush() }()
+	until(t, "the writer is on its way", func() bool {
+		if !s.conn.wmu.TryLock() {
+			return true
+		}
+		s.conn.wmu.Unlock()
+		return false
+	})
+	r.do(func() { r.debts++ })
+	var got []byte
+	read := func(n int) {
+		for len(got) < n {
+			_, p, err := s.next()
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, p...)
+		}
+	}
+	read(writeChunk)
+	until(t, "the writer waits for its turn", s.conn.writerWaits)
+	letOthersRun()
+	if err := s.conn.Pause(); err != nil {
+		t.Fatal(err)
+	}
+	r.do(func() { r.paid = r.debts })
+	s.conn.Continue()
+	read(len(out))
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if n := s.conn.Pending(); !bytes.Equal(got, out) || n != 0 {
+		t.Errorf("%d bytes, %d still to send: not what was queued", len(got), n)
 	}
 }
 
