@@ -68,19 +68,14 @@ func TestQueueWhileItsWriterWaitsForKeys(t *testing.T) {
 			}
 			done := make(chan error, 1)
 			go func() { done <- s.conn.Flush() }()
-			until(t, "the writer is on its way", func() bool {
-				if !s.conn.wmu.TryLock() {
-					return true
-				}
-				s.conn.wmu.Unlock()
-				return false
-			})
-			r.do(func() { r.debts++ })
 			got := 0
 			for got < writeChunk {
 				_, p, err := s.next()
 				if err != nil {
 					t.Fatal(err)
+				}
+				if got == 0 { // the writer is on its way, and the buffers are too small for the rest
+					r.do(func() { r.debts++ })
 				}
 				got += len(p)
 			}
@@ -132,14 +127,6 @@ func TestPauseWhileTheQueueIsSent(t *testing.T) {
 	}
 	done := make(chan error, 1)
 	go func() { done <- s.conn.Flush() }()
-	until(t, "the writer is on its way", func() bool {
-		if !s.conn.wmu.TryLock() {
-			return true
-		}
-		s.conn.wmu.Unlock()
-		return false
-	})
-	r.do(func() { r.debts++ })
 	var got []byte
 	read := func(n int) {
 		for len(got) < n {
@@ -150,6 +137,8 @@ func TestPauseWhileTheQueueIsSent(t *testing.T) {
 			got = append(got, p...)
 		}
 	}
+	read(1)
+	r.do(func() { r.debts++ }) // the buffers are too small for the rest of the writer's piece
 	read(writeChunk)
 	until(t, "the writer waits for its turn", s.conn.writerWaits)
 	letOthersRun()
