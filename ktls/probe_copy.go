@@ -23,7 +23,7 @@ func (k kernelEdge) probeCopies(module Check) []Check {
 	// A control record and a record with a bad header both give EINVAL, the second only
 	// once; an empty record and the end of the stream both give 0. And it moves one
 	// record a call where recvmsg takes as many as fit.
-	checks[2].verdict(StatusUnsupported, "splice(2) cannot tell a control record from a bad one, nor an empty one from the end; recvmsg is used", "none needed")
+	checks[2].verdict(StatusUnsupported, "splice(2) cannot tell a control record from a bad one, nor an empty one from the end; recvmsg is used", "") // nothing to do about it
 	if module.Status != StatusSupported {
 		for i := range checks {
 			checks[i].verdict(module.Status, "no kernel TLS", module.Remedy)

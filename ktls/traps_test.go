@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// tailingConn is a TLS 1.2 client's connection that puts another handshake message
-// into the record of its Finished.
+// tailingConn is a TLS 1.2 peer's connection that puts another handshake message into
+// the record of its Finished.
 type tailingConn struct {
 	*wire
 	t *testing.T
@@ -35,22 +35,26 @@ func (c *tailingConn) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// tail opens the record of a Finished and seals it anew with an empty ClientHello
-// behind it.
+// tail opens the record of a Finished and seals it anew with an empty ClientHello, or a
+// HelloRequest, behind it.
 func (c *tailingConn) tail(rec []byte) []byte {
 	info, err := lookupSuite(tls.VersionTLS12, c.hello.suite())
 	if err != nil {
 		c.t.Error(err)
 		return rec
 	}
-	key, _ := info.directions12(c.master, c.clientRandom, c.hello.random())
+	key, server := info.directions12(c.master, c.clientRandom, c.hello.random())
+	extra := byte(msgClientHello)
+	if !c.client {
+		key, extra = server, msgHelloRequest
+	}
 	h := half{suite: info, dir: key}
 	_, finished, err := h.open(rec, make([]byte, 100))
 	if err != nil {
 		c.t.Error(err)
 		return rec
 	}
-	both := append(append([]byte(nil), finished...), msgClientHello, 0, 0, 0)
+	both := append(append([]byte(nil), finished...), extra, 0, 0, 0)
 	out := make([]byte, h.sealedLen(len(both)))
 	h.dir.seq = 0
 	if _, err := h.seal(out, typeHandshake, both); err != nil {
@@ -84,6 +88,34 @@ func TestMessageInTheRecordOfFinished(t *testing.T) {
 		}
 		if err := <-done; err == nil || !strings.Contains(err.Error(), "unexpected message") {
 			t.Errorf("%s: the client got %v", tls.CipherSuiteName(suite), err)
+		}
+	}
+}
+
+// The same in the client role.
+func TestMessageInTheRecordOfServersFinished(t *testing.T) {
+	for _, suite := range suiteNames12 {
+		c, s := tcpPair(t)
+		w := &wire{Conn: s}
+		server, client := testServerBoth(t), testClientTLS(t)
+		server.KeyLogWriter = keyLogWriter{w}
+		client.MaxVersion, client.CipherSuites = tls.VersionTLS12, []uint16{suite}
+		ts := tls.Server(&tailingConn{w, t}, server)
+		done := make(chan error, 1)
+		go func() {
+			err := ts.Handshake()
+			if err == nil {
+				_, err = ts.Read(make([]byte, 1))
+			}
+			done <- err
+		}()
+		_, err := Client(context.Background(), c, &Config{TLS: client, Mode: ModeSoftware})
+		var alert *AlertError
+		if !errors.As(err, &alert) || alert.Alert != alertUnexpectedMessage || !alert.Sent {
+			t.Errorf("%s: %v", tls.CipherSuiteName(suite), err)
+		}
+		if err := <-done; err == nil || !strings.Contains(err.Error(), "unexpected message") {
+			t.Errorf("%s: the server got %v", tls.CipherSuiteName(suite), err)
 		}
 	}
 }
