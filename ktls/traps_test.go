@@ -81,7 +81,10 @@ func TestMessageInTheRecordOfFinished(t *testing.T) {
 			}
 			done <- err
 		}()
-		_, err := Server(context.Background(), s, &Config{TLS: server, Mode: ModeSoftware})
+		conn, err := Server(context.Background(), s, &Config{TLS: server, Mode: ModeSoftware})
+		if err == nil {
+			_ = conn.Close()
+		}
 		var alert *AlertError
 		if !errors.As(err, &alert) || alert.Alert != alertUnexpectedMessage || !alert.Sent {
 			t.Errorf("%s: %v", tls.CipherSuiteName(suite), err)
@@ -109,7 +112,10 @@ func TestMessageInTheRecordOfServersFinished(t *testing.T) {
 			}
 			done <- err
 		}()
-		_, err := Client(context.Background(), c, &Config{TLS: client, Mode: ModeSoftware})
+		conn, err := Client(context.Background(), c, &Config{TLS: client, Mode: ModeSoftware})
+		if err == nil {
+			_ = conn.Close()
+		}
 		var alert *AlertError
 		if !errors.As(err, &alert) || alert.Alert != alertUnexpectedMessage || !alert.Sent {
 			t.Errorf("%s: %v", tls.CipherSuiteName(suite), err)
