@@ -148,7 +148,7 @@ func newOptions(opts []Option) *options {
 
 // hello is what the worker says about itself.
 func (o *options) hello() *wire.Hello {
-	h := &wire.Hello{Min: wire.Version, Max: wire.Version, PID: os.Getpid(), Name: wire.Clip(o.name)}
+	h := &wire.Hello{Min: wire.Version, Max: wire.Version, PID: os.Getpid(), Name: wire.Clip(o.name), Rekey: true}
 	for _, s := range o.schemas {
 		h.Schemas = append(h.Schemas, wire.Schema{Name: s.Name, Writes: s.Writes, Restores: s.Restores})
 	}

@@ -172,8 +172,8 @@ func (w *worker) updateBySelf(s *session, r wire.Rekey) {
 }
 
 func (w *worker) sayRekey(t wire.Type, s *session, err error) {
-	if w.sessions[s.id] != s {
-		return
+	if w.sessions[s.id] != s || s.given() {
+		return // it has ended, or may be somebody else's by now
 	}
 	r := wire.Rekey{Ref: s.ownership()}
 	if err != nil {

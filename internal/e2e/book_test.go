@@ -71,7 +71,9 @@ func byTheBook() error {
 		return err
 	}
 	go w.receive(pipe[1])
-	if err := ch.Send(hello(wire.Version)); err != nil {
+	first := hello(wire.Version)
+	first.Hello.Rekey = true
+	if err := ch.Send(first); err != nil {
 		return err
 	}
 	events := make([]syscall.EpollEvent, 64)

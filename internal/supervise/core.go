@@ -179,7 +179,7 @@ func (s *Supervisor) goOn() {
 
 // isIdle says whether nothing is under way that a successor could not see.
 func (s *Supervisor) isIdle() bool {
-	if len(s.attempts) > 0 || len(s.groupMoves) > 0 || s.keyOps > 0 {
+	if len(s.attempts) > 0 || len(s.groupMoves) > 0 {
 		return false
 	}
 	for _, p := range s.pools {

@@ -227,7 +227,7 @@ func (u *unit) worker(gen uint32) *fake {
 	u.s.call(func() {
 		u.s.lastWorker++
 		f.w = &worker{id: u.s.lastWorker, pid: cmd.Process.Pid, gen: gen, pool: u.pool, proc: proc,
-			state: workerReady, sessions: map[uint64]*session{}}
+			state: workerReady, rekeys: true, sessions: map[uint64]*session{}}
 		if err := u.s.listen(f.w, a); err != nil {
 			u.t.Error(err)
 		}

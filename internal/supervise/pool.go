@@ -137,6 +137,7 @@ func (s *Supervisor) onHello(w *worker, h *wire.Hello) error {
 	for _, sc := range h.Schemas {
 		w.schemas = append(w.schemas, state.Info{Name: sc.Name, Writes: sc.Writes, Restores: sc.Restores})
 	}
+	w.rekeys = h.Rekey
 	w.greeted = true
 	if w.retained {
 		s.welcome(w)

@@ -99,7 +99,7 @@ func (s *Supervisor) recoverWorker(e *keeper.Entry) error {
 		return err
 	}
 	w := &worker{id: e.Key.ID, pid: meta.PID, gen: meta.Gen, command: meta.Command, pool: p, proc: proc,
-		schemas: meta.Schemas, sessions: map[uint64]*session{}, state: workerReady}
+		schemas: meta.Schemas, rekeys: meta.Rekeys, sessions: map[uint64]*session{}, state: workerReady}
 	switch {
 	case meta.Detached:
 		w.state = workerDetached

@@ -309,7 +309,7 @@ func (s *Supervisor) startUpdate(ss *session, o owed) {
 		// An answer to what came before is on its way. A request that came after it wants
 		// another one.
 		r.again = true
-	case r.stage != stageNone, s.now().Before(r.retryAt), ss.attempt != nil, ss.owner == nil, !ss.owner.usable():
+	case r.stage != stageNone, s.now().Before(r.retryAt), ss.attempt != nil, ss.owner == nil, !ss.owner.usable(), !ss.owner.rekeys:
 		// Under way; or pump comes back to it, with whoever owns it then.
 	default:
 		r.retryAt = time.Time{}

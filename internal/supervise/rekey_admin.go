@@ -31,6 +31,7 @@ var (
 	errKernelCannot  = errors.New("its record layer is the kernel's, and this kernel cannot change keys (6.14 or newer can)")
 	errOnTheMove     = errors.New("the session is on its way to another worker; ask again")
 	errUnreachable   = errors.New("its worker cannot be reached; ask again")
+	errNotTheWorker  = errors.New("its worker was built before keys could be changed; upgrade the pool")
 	errBeingReplaced = errors.New("the supervisor is being replaced; ask again")
 )
 
@@ -50,6 +51,8 @@ func (s *Supervisor) updateKeys(ss *session, request bool, then func(error)) {
 		err = errOnTheMove
 	case !ss.owner.usable():
 		err = errUnreachable
+	case !ss.owner.rekeys:
+		err = errNotTheWorker
 	}
 	if err != nil {
 		then(err)

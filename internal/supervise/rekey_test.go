@@ -603,3 +603,19 @@ func TestKeysInTheLedger(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A worker that does not know these messages would close its channel: it gets none.
+func TestKeysOfAWorkerThatKnowsNothing(t *testing.T) {
+	u, f, ref, k := keyed(t)
+	u.s.call(func() { f.w.rekeys = false })
+	done := make(chan error, 1)
+	u.s.call(func() { u.s.updateKeys(u.s.sessions[ref.ID], false, func(err error) { done <- err }) })
+	if err := <-done; !errors.Is(err, errNotTheWorker) {
+		t.Errorf("the operator is told %v", err)
+	}
+	u.s.call(func() { u.s.startUpdate(u.s.sessions[ref.ID], owesUpdate) }) // left by its owner before
+	u.silent(f)
+	u.s.call(func() { f.w.rekeys = true })
+	f.answer(k, ref, false)
+	u.wantKeys(ref.ID, k, 1, 0, 0)
+}

@@ -50,6 +50,7 @@ type workerMeta struct {
 	// Detached: there is no channel, only the pidfd is kept, so that a successor
 	// does not take its sessions for orphans while it lives.
 	Detached bool `cbor:"7,keyasint,omitempty"`
+	Rekeys   bool `cbor:"8,keyasint,omitempty"`
 }
 
 // worker is one worker process. Only the ledger's goroutine touches it, except
@@ -75,6 +76,7 @@ type worker struct {
 	exited   bool          // it is dead
 	reader   chan struct{} // closed when the reading goroutine has ended
 	greeted  bool          // HELLO came
+	rekeys   bool          // it knows the messages about changes of keys
 	early    bool          // READY came before the keeper held it
 	unready  bool          // taken over before it was known to be ready
 	retained bool          // the keeper holds it
@@ -129,7 +131,7 @@ func (s *Supervisor) retainWorker(w *worker, chFD int, then func(error)) error {
 		fds = append(fds, chFD)
 	}
 	meta, err := cbor.Marshal(workerMeta{PID: w.pid, Pool: w.pool.name, Gen: w.gen,
-		Ready: w.state == workerReady, Schemas: w.schemas, Command: w.command, Detached: chFD < 0})
+		Ready: w.state == workerReady, Schemas: w.schemas, Command: w.command, Detached: chFD < 0, Rekeys: w.rekeys})
 	if err != nil {
 		sys.CloseAll(fds)
 		return err

@@ -169,6 +169,7 @@ type Hello struct {
 	PID     int      `cbor:"3,keyasint"`
 	Name    string   `cbor:"4,keyasint,omitempty"` // program and version, for people
 	Schemas []Schema `cbor:"5,keyasint,omitempty"`
+	Rekey   bool     `cbor:"6,keyasint,omitempty"` // it knows the messages about changes of keys
 }
 
 // Welcome is the supervisor's answer to Hello.
