@@ -6,8 +6,11 @@ import (
 	"crypto/tls"
 	"encoding/binary"
 	"io"
+	"os"
+	"path/filepath"
 	"testing"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/vmtest/guest"
 	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
@@ -129,3 +132,64 @@ func TestCopyGivesBack(t *testing.T) {
 type shortWriter int
 
 func (w shortWriter) Write([]byte) (int, error) { return int(w), nil }
+
+// A file on its way to a client that reads slowly moves with the session: each owner
+// goes on where the last one was, and no byte is lost or doubled.
+func TestFileOverMoves(t *testing.T) {
+	for _, mode := range []ktls.Mode{ktls.ModeSoftware, ktls.ModeKernel} {
+		t.Run(mode.String(), func(t *testing.T) {
+			if mode == ktls.ModeKernel {
+				guest.NeedKernelTLS(t)
+			}
+			content := make([]byte, 8<<20)
+			for i := 0; i < len(content); i += 4 {
+				binary.BigEndian.PutUint32(content[i:], uint32(i))
+			}
+			name := filepath.Join(t.TempDir(), "content")
+			if err := os.WriteFile(name, content, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			began := make(chan struct{}, 100)
+			h := func(_ context.Context, c *Conn) error {
+				f, err := os.Open(name)
+				if err != nil {
+					return err
+				}
+				defer func() { _ = f.Close() }()
+				at := int64(0)
+				if b := c.State(); b != nil {
+					at = int64(binary.BigEndian.Uint64(b))
+				}
+				if _, err := f.Seek(at, io.SeekStart); err != nil {
+					return err
+				}
+				began <- struct{}{}
+				n, err := io.Copy(c, f)
+				c.SetState(binary.BigEndian.AppendUint64(nil, uint64(at+n)))
+				if err != nil {
+					return err
+				}
+				return c.CloseWrite()
+			}
+			a, b := startProc(t, h), startProc(t, h)
+			s := newSession(t, mode, tls.VersionTLS13)
+			a.give(s)
+			var got []byte
+			for range 5 {
+				<-began
+				waitFor(t, "the copy", func() bool { // it does not fit into the socket
+					part := make([]byte, 100_000)
+					n, err := io.ReadFull(s.cli, part)
+					got = append(got, part[:n]...)
+					return err == nil
+				})
+				move(s, a, b)
+				a, b = b, a
+			}
+			rest, err := io.ReadAll(s.cli)
+			if got = append(got, rest...); err != nil || !bytes.Equal(got, content) {
+				t.Errorf("the client got %d bytes of %d, or others; %v", len(got), len(content), err)
+			}
+		})
+	}
+}
