@@ -132,7 +132,10 @@ func WithReady(f func(context.Context) error) Option { return func(o *options) {
 //
 // Sessions of a group, sessions with a read deadline and handlers that hold (Hold) get
 // no rest. It is not for handlers that do other things than to answer input, because
-// nothing runs while a session rests.
+// nothing runs while a session rests. Other goroutines of the program may Write to a
+// Conn at rest. They should not count on more: JoinGroup gives net.ErrClosed, a read
+// deadline lasts until the handler is started again only, and a Close in the moment in
+// which the handler returns for its rest may count for that return (see Close).
 func WithRest(d time.Duration) Option { return func(o *options) { o.restAfter = d } }
 
 func newOptions(opts []Option) *options {
