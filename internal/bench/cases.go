@@ -30,7 +30,7 @@ type Scale struct {
 // Full is for a machine as it is, Emulated for one without KVM, Tiny for tests of the
 // measurements themselves.
 var (
-	Full     = Scale{Turns: 31, Bulk: 64 << 20, RoundTrips: 2000, Handshakes: 40, File: 64 << 20}
+	Full     = Scale{Turns: 31, Bulk: 64 << 20, RoundTrips: 2000, Handshakes: 150, File: 64 << 20}
 	Emulated = Scale{Turns: 11, Bulk: 2 << 20, RoundTrips: 100, Handshakes: 5, File: 4 << 20}
 	Tiny     = Scale{Turns: 1, Bulk: 1 << 20, RoundTrips: 20, Handshakes: 2, File: 256 << 10}
 )

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"regexp"
 	"strings"
+	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/vmtest"
 )
@@ -32,6 +33,7 @@ func Guests(ctx context.Context, root string, kernels []string, only, commit str
 		Root: root, Kernels: kernels, Packages: regexp.MustCompile("^internal/bench$"),
 		Env:   []string{envGuest + "=1", envGuestRun + "=" + only},
 		Cache: &vmtest.Cache{Dir: dir, Say: say}, Say: say,
+		BootLimit: 15 * time.Minute, // 10,000 handshakes without KVM
 	})
 	for _, b := range boots {
 		part, perr := fromGuest(b)

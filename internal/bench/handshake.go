@@ -18,8 +18,9 @@ import (
 
 // handshake compares the CPU time of a full handshake in a server that is a process of
 // its own: everything counts that the server causes there, collecting its garbage
-// included, and nothing of the client, which is crypto/tls for both. The rates are of
-// both ends together.
+// included, and nothing of the client, which is crypto/tls for both. Closing is no part
+// of it: ktls has a shutdown there, since other processes may hold the socket. The rates
+// are of both ends together.
 func handshake(proto protocol, n, turns int) (Comparison, error) {
 	work := map[library]func() (turn, error){}
 	for _, lib := range libraries {
@@ -41,6 +42,9 @@ func handshake(proto protocol, n, turns int) (Comparison, error) {
 			dialed := make(chan error, 1)
 			go func() { dialed <- dial(addr, conf, n) }()
 			line, err := server.order("%d", n)
+			if err != nil {
+				_ = server.stop() // the client may wait for a handshake that nobody makes
+			}
 			if err := errors.Join(err, <-dialed); err != nil {
 				return turn{}, err
 			}
@@ -71,15 +75,21 @@ func dialConfig(line string, proto protocol) (addr string, conf *tls.Config, err
 }
 
 func dial(addr string, conf *tls.Config, n int) error {
+	conns := make([]*tls.Conn, 0, n)
+	defer func() {
+		for _, c := range conns {
+			// A reset leaves no port in TIME_WAIT. It waits for the server to be done.
+			_, _ = c.Read(make([]byte, 1))
+			_ = c.NetConn().(*net.TCPConn).SetLinger(0)
+			_ = c.NetConn().Close()
+		}
+	}()
 	for range n {
 		c, err := tls.Dial("tcp4", addr, conf)
 		if err != nil {
 			return err
 		}
-		// A reset leaves no port in TIME_WAIT. It waits for the server to be done.
-		_, _ = c.Read(make([]byte, 1))
-		_ = c.NetConn().(*net.TCPConn).SetLinger(0)
-		_ = c.NetConn().Close()
+		conns = append(conns, c)
 	}
 	return nil
 }
@@ -110,7 +120,14 @@ func serveHandshakes(args []string, in *bufio.Scanner, out io.Writer) error {
 		if err != nil {
 			return err
 		}
-		t, err := timed(func() error { return s.serve(ln, n) })
+		var conns []net.Conn
+		t, err := timed(func() error {
+			conns, err = s.serve(ln, n)
+			return err
+		})
+		for _, c := range conns {
+			_ = c.Close()
+		}
 		if err != nil {
 			fmt.Fprintln(out, "error", err)
 			continue
@@ -120,19 +137,19 @@ func serveHandshakes(args []string, in *bufio.Scanner, out io.Writer) error {
 	return in.Err()
 }
 
-// serve makes n handshakes and closes each connection.
-func (s *server) serve(ln *net.TCPListener, n int) error {
+// serve makes n handshakes.
+func (s *server) serve(ln *net.TCPListener, n int) (conns []net.Conn, err error) {
 	for range n {
 		c, err := ln.AcceptTCP()
 		if err != nil {
-			return err
+			return conns, err
 		}
 		conn, err := s.handshake(c)
 		if err != nil {
 			_ = c.Close()
-			return err
+			return conns, err
 		}
-		_ = conn.Close()
+		conns = append(conns, conn)
 	}
-	return nil
+	return conns, nil
 }

@@ -82,8 +82,8 @@ load of other programs meets both. Rates and times are medians of the turns.
 	b.WriteString(host.runs())
 	b.WriteString(`
 Over the loopback, with the same library at both ends. CPU time is user and system time;
-for handshakes that of a server in a process of its own, with accepting, closing and
-collecting garbage. crypto/tls lets nobody choose AES-256-GCM in TLS 1.3; ChaCha20-Poly1305
+for handshakes that of a server in a process of its own, with accepting and collecting
+garbage, without closing. crypto/tls lets nobody choose AES-256-GCM in TLS 1.3; ChaCha20-Poly1305
 in TLS 1.3 is measured in processes that are told that there are no AES instructions.
 
 `)
