@@ -36,7 +36,8 @@ type kernelLayer struct {
 	}
 	ctl     []byte // control record in progress, or given with the last read
 	ctlType recordType
-	ctlDone bool // ctl was given; the next read starts afresh
+	ctlDone bool  // ctl was given; the next read starts afresh
+	peeked  error // what waitRead met, and read has to say
 
 	// Writing, under Conn's write lock.
 	out struct {
@@ -198,6 +199,9 @@ func (l *kernelLayer) buffered() int { return 0 }
 func (l *kernelLayer) unsent() int { return 0 }
 
 func (l *kernelLayer) broken() error {
+	if l.peeked != nil {
+		return l.readError(l.peeked)
+	}
 	if failed := l.readFailed.Load(); failed != nil {
 		return l.readError(*failed)
 	}

@@ -84,7 +84,11 @@ func (l *kernelLayer) receive(p []byte) error {
 }
 
 func (l *kernelLayer) tryRead(fd uintptr) bool {
-	l.in.n, l.in.typ, l.in.eor, l.in.err = sys.TLSRecv(int(fd), l.in.p)
+	if l.peeked != nil {
+		l.in.n, l.in.err = 0, l.peeked
+	} else {
+		l.in.n, l.in.typ, l.in.eor, l.in.err = sys.TLSRecv(int(fd), l.in.p)
+	}
 	if l.in.err == nil {
 		return true
 	}

@@ -3,6 +3,7 @@ package ktls
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -437,6 +438,44 @@ func TestRelayPauseClosesAnOpenRecord(t *testing.T) {
 		got = append(got, s.wantData(int(n)-len(got)+len("end"))...)
 		if string(got) != string(content[:n])+"end" {
 			t.Fatalf("%d bytes arrived, %d were taken, or others", len(got), n)
+		}
+	}
+}
+
+// What WaitRead meets when it looks for itself is not lost for Read, although the socket
+// says it only once; and nobody else gets the session then.
+func TestWaitReadKeepsErrors(t *testing.T) {
+	guest.NeedKernelTLS(t)
+	for name, tc := range map[string]struct {
+		send func(s *scripted)
+		want func(err error) bool
+	}{
+		"bad header": {func(s *scripted) { s.sendRaw([]byte("\x17\x00\x00\x00\x20 0123456789 0123456789 0123456789")) },
+			func(err error) bool { var a *AlertError; return errors.As(err, &a) && a.Sent }},
+		"bad record": {func(s *scripted) { s.sendRaw([]byte("\x17\x03\x03\x00\x20 0123456789 0123456789 012345678")) },
+			func(err error) bool { var a *AlertError; return errors.As(err, &a) && a.Alert == alertBadRecordMAC }},
+		"reset": {func(s *scripted) { _ = s.c.SetLinger(0); _ = s.c.Close() },
+			func(err error) bool { return errors.Is(err, sys.ECONNRESET) }},
+	} {
+		for _, detach := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, detach %v", name, detach), func(t *testing.T) {
+				s := newScripted(t, LayerKernel, v13, gcm)
+				tc.send(s)
+				l := s.conn.layer.(*kernelLayer)
+				_ = s.conn.SetDeadline(time.Now().Add(testWait))
+				// As when it arrives just after poll was asked.
+				if err := l.rc.Read(l.peek); err != nil {
+					t.Fatal(err)
+				}
+				if detach {
+					if _, _, err := s.conn.Detach(); err == nil || !tc.want(err) {
+						t.Fatalf("Detach: %v", err)
+					}
+				}
+				if _, err := s.conn.Read(make([]byte, 10)); !tc.want(err) {
+					t.Fatalf("Read: %v", err)
+				}
+			})
 		}
 	}
 }

@@ -77,14 +77,21 @@ func (l *kernelLayer) waitRead() error {
 	if l.readFailed.Load() != nil {
 		return nil
 	}
-	return l.rc.Read(func(fd uintptr) bool {
-		if sys.HasInput(fd) {
-			return true
-		}
-		var b [1]byte
-		_, _, _, err := sys.TLSPeek(int(fd), b[:])
-		return err != sys.EAGAIN //nolint:errorlint // TLSPeek does not wrap
-	})
+	return l.rc.Read(func(fd uintptr) bool { return sys.HasInput(fd) || l.peek(fd) })
+}
+
+// peek reports that read would not have to wait. An error is kept for read: the socket
+// says some of them once only.
+func (l *kernelLayer) peek(fd uintptr) bool {
+	var b [1]byte
+	_, _, _, err := sys.TLSPeek(int(fd), b[:])
+	switch {
+	case errors.Is(err, sys.EAGAIN):
+		return false
+	case err != nil && !errors.Is(err, sys.EKEYEXPIRED):
+		l.peeked = err
+	}
+	return true
 }
 
 func readable(rc syscall.RawConn) error { return rc.Read(sys.HasInput) }
