@@ -73,25 +73,33 @@ func TestMessageInTheRecordOfFinished(t *testing.T) {
 		client := testClientTLS(t)
 		client.MaxVersion, client.CipherSuites, client.KeyLogWriter = tls.VersionTLS12, []uint16{suite}, keyLogWriter{w}
 		tc := tls.Client(&tailingConn{w, t}, client)
-		done := make(chan error, 1)
-		go func() {
-			err := tc.Handshake()
-			if err == nil {
-				_, err = tc.Read(make([]byte, 1))
-			}
-			done <- err
-		}()
-		conn, err := Server(context.Background(), s, &Config{TLS: server, Mode: ModeSoftware})
+		wantUnexpectedMessage(t, suite, tc, func() (*Conn, error) {
+			return Server(context.Background(), s, &Config{TLS: server, Mode: ModeSoftware})
+		})
+	}
+}
+
+// wantUnexpectedMessage has ours refuse a handshake with peer, who must hear why.
+func wantUnexpectedMessage(t *testing.T, suite uint16, peer *tls.Conn, ours func() (*Conn, error)) {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() {
+		err := peer.Handshake()
 		if err == nil {
-			_ = conn.Close()
+			_, err = peer.Read(make([]byte, 1))
 		}
-		var alert *AlertError
-		if !errors.As(err, &alert) || alert.Alert != alertUnexpectedMessage || !alert.Sent {
-			t.Errorf("%s: %v", tls.CipherSuiteName(suite), err)
-		}
-		if err := <-done; err == nil || !strings.Contains(err.Error(), "unexpected message") {
-			t.Errorf("%s: the client got %v", tls.CipherSuiteName(suite), err)
-		}
+		done <- err
+	}()
+	conn, err := ours()
+	if err == nil {
+		_ = conn.Close()
+	}
+	var alert *AlertError
+	if !errors.As(err, &alert) || alert.Alert != alertUnexpectedMessage || !alert.Sent {
+		t.Errorf("%s: %v", tls.CipherSuiteName(suite), err)
+	}
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "unexpected message") {
+		t.Errorf("%s: the peer got %v", tls.CipherSuiteName(suite), err)
 	}
 }
 
@@ -104,25 +112,9 @@ func TestMessageInTheRecordOfServersFinished(t *testing.T) {
 		server.KeyLogWriter = keyLogWriter{w}
 		client.MaxVersion, client.CipherSuites = tls.VersionTLS12, []uint16{suite}
 		ts := tls.Server(&tailingConn{w, t}, server)
-		done := make(chan error, 1)
-		go func() {
-			err := ts.Handshake()
-			if err == nil {
-				_, err = ts.Read(make([]byte, 1))
-			}
-			done <- err
-		}()
-		conn, err := Client(context.Background(), c, &Config{TLS: client, Mode: ModeSoftware})
-		if err == nil {
-			_ = conn.Close()
-		}
-		var alert *AlertError
-		if !errors.As(err, &alert) || alert.Alert != alertUnexpectedMessage || !alert.Sent {
-			t.Errorf("%s: %v", tls.CipherSuiteName(suite), err)
-		}
-		if err := <-done; err == nil || !strings.Contains(err.Error(), "unexpected message") {
-			t.Errorf("%s: the server got %v", tls.CipherSuiteName(suite), err)
-		}
+		wantUnexpectedMessage(t, suite, ts, func() (*Conn, error) {
+			return Client(context.Background(), c, &Config{TLS: client, Mode: ModeSoftware})
+		})
 	}
 }
 

@@ -392,35 +392,23 @@ func TestSupervisorDiesWhileKeysChange(t *testing.T) {
 		tx, rx int
 	}{
 		"KEY_UPDATE not read": {
-			run: func(*unit, *fake, *fakeKernel, wire.Ref) {},
-			then: func(f *fake, k *fakeKernel, ref wire.Ref) {
-				f.send(rekeyMessage(wire.TypeKeyUpdate, wire.Rekey{Ref: ref, Count: 1}))
-				f.expectRekey(wire.TypeRekeyed, ref)
-			}, rx: 1,
+			run:  func(*unit, *fake, *fakeKernel, wire.Ref) {},
+			then: tellsOfKeyUpdate, rx: 1,
 		},
 		"before the receiving key is set": {
-			run: func(u *unit, f *fake, k *fakeKernel, ref wire.Ref) { u.dieSetting(f, k, ref, false) },
-			then: func(f *fake, k *fakeKernel, ref wire.Ref) {
-				f.send(rekeyMessage(wire.TypeKeyUpdate, wire.Rekey{Ref: ref, Count: 1}))
-				f.expectRekey(wire.TypeRekeyed, ref)
-			}, rx: 1,
+			run:  func(u *unit, f *fake, k *fakeKernel, ref wire.Ref) { u.dieSetting(f, k, ref, false) },
+			then: tellsOfKeyUpdate, rx: 1,
 		},
 		"after the receiving key is set": {
-			run: func(u *unit, f *fake, k *fakeKernel, ref wire.Ref) { u.dieSetting(f, k, ref, true) },
-			then: func(f *fake, k *fakeKernel, ref wire.Ref) {
-				f.send(rekeyMessage(wire.TypeKeyUpdate, wire.Rekey{Ref: ref, Count: 1}))
-				f.expectRekey(wire.TypeRekeyed, ref)
-			}, rx: 1,
+			run:  func(u *unit, f *fake, k *fakeKernel, ref wire.Ref) { u.dieSetting(f, k, ref, true) },
+			then: tellsOfKeyUpdate, rx: 1,
 		},
 		"REKEYED sent and told again": {
 			run: func(u *unit, f *fake, k *fakeKernel, ref wire.Ref) {
 				f.send(rekeyMessage(wire.TypeKeyUpdate, wire.Rekey{Ref: ref, Count: 1}))
 				f.expectRekey(wire.TypeRekeyed, ref)
 			},
-			then: func(f *fake, k *fakeKernel, ref wire.Ref) {
-				f.send(rekeyMessage(wire.TypeKeyUpdate, wire.Rekey{Ref: ref, Count: 1}))
-				f.expectRekey(wire.TypeRekeyed, ref)
-			}, rx: 1,
+			then: tellsOfKeyUpdate, rx: 1,
 		},
 		"PAUSE sent": {
 			run: func(u *unit, f *fake, k *fakeKernel, ref wire.Ref) { f.wantUpdate(ref) },
@@ -506,6 +494,13 @@ func (f *fake) sent(_ *fakeKernel, ref wire.Ref) {
 	f.say(wire.TypeSent, ref)
 	f.expectRekey(wire.TypePause, ref)
 	f.expectRekey(wire.TypeContinue, ref)
+}
+
+// tellsOfKeyUpdate is an owner that read the client's first KeyUpdate.
+func tellsOfKeyUpdate(f *fake, _ *fakeKernel, ref wire.Ref) {
+	f.t.Helper()
+	f.send(rekeyMessage(wire.TypeKeyUpdate, wire.Rekey{Ref: ref, Count: 1}))
+	f.expectRekey(wire.TypeRekeyed, ref)
 }
 
 func (f *fake) wantUpdate(ref wire.Ref) {
