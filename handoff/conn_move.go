@@ -6,6 +6,7 @@ import (
 	"net"
 	"time"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/fault"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 	"github.com/ktlsvisor/ktlsvisor/ktls"
@@ -165,7 +166,9 @@ func (c *Conn) detach() (*kept, error) {
 	}
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
+	fault.Step("before-export")
 	sock, st, err := s.Detach()
+	fault.Step("after-export")
 	if err != nil {
 		_ = s.Close()
 		return nil, err

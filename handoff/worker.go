@@ -206,6 +206,7 @@ func (w *worker) loop(ctx context.Context, msgs <-chan *wire.Message, sig <-chan
 				m.CloseSockets()
 				w.lost(err)
 			}
+			m.Handled()
 		case s := <-sig:
 			w.log.Info("signal ignored: the supervisor manages its workers; use ktlsvisor stop", "signal", s)
 		case <-ended:

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/fault"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
@@ -17,7 +18,9 @@ import (
 // once; who had it before must not use it any more. Import does not touch the
 // socket's deadlines.
 func Import(sock Socket, facts, record []byte) (*Conn, error) {
+	fault.Step("before-import")
 	c, err := importSession(sock, facts, record)
+	fault.Step("after-import")
 	if err != nil {
 		return nil, fmt.Errorf("import session: %w", err)
 	}

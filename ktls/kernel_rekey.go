@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/fault"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
@@ -68,9 +69,13 @@ func (p params) replaceKey(fd int, dir sys.TLSDirection, cur, next *direction) e
 	if err := ci.pack(p.version, p.suite, next.key, next.iv, 0); err != nil {
 		return err
 	}
+	if err := fault.At("before-set-key").Err; err != nil {
+		return fmt.Errorf("set the next key to %s: %w", directionWord(dir), err)
+	}
 	if err := sys.SetTLSKeys(fd, dir, ci.bytes()); err != nil {
 		return fmt.Errorf("set the next key to %s: %w", directionWord(dir), err)
 	}
+	fault.Step("after-set-key")
 	return nil
 }
 

@@ -275,6 +275,7 @@ func (s *Supervisor) onMessage(w *worker, ch *wire.Channel, m *wire.Message) {
 	if err != nil {
 		s.detach(w, err)
 	}
+	m.Handled()
 }
 
 func (s *Supervisor) onClosed(w *worker, m *wire.Message) error {

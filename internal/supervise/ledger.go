@@ -9,6 +9,7 @@ import (
 
 	"github.com/fxamacker/cbor/v2"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/fault"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
@@ -212,7 +213,9 @@ func (l *ledger) put(i int, e entry) {
 	default:
 		e.Seq = 1
 	}
+	fault.Step("before-ledger")
 	encodeEntry(dst, e)
+	fault.Step("after-ledger")
 }
 
 // get returns the newest intact entry of a slot; ok is false for a slot never
@@ -272,6 +275,7 @@ func encodeEntry(b []byte, e entry) {
 	copy(b[56:56+wire.MaxGroup], e.Group)
 	binary.LittleEndian.PutUint32(b[120:], e.RXBase)
 	b[124] = byte(e.Owes)
+	fault.Step("half-ledger")
 	binary.LittleEndian.PutUint32(b, crc32.Checksum(b[8:entrySize], crcTable))
 }
 
@@ -362,4 +366,7 @@ func (l *ledger) record(i int, software bool) (*record, error) {
 
 // voidRecord destroys the record state of a slot, before RESUME is sent: from
 // then on only the owner knows its sequence numbers.
-func (l *ledger) voidRecord(i int, software bool) { clear(l.recordPlace(i, software)) }
+func (l *ledger) voidRecord(i int, software bool) {
+	clear(l.recordPlace(i, software))
+	fault.Step("after-void")
+}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"hash/crc32"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/fault"
 	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
@@ -112,12 +113,18 @@ func (l *ledger) keys(i int, d ktls.Direction) keyState {
 
 // prepare records the intent to go to the next generation.
 func (l *ledger) prepare(i int, d ktls.Direction, k *keyState, next []byte, seq uint64) {
+	fault.Step("before-key-intent")
 	encodeKey(l.keyPlace(i, d, k.gen+1), k.gen+1, seq, next)
+	fault.Step("after-key-intent")
 }
 
 // complete records that the key of the next generation is set, and forgets the one
 // before it.
-func (l *ledger) complete(i int, d ktls.Direction, gen uint32) { clear(l.keyPlace(i, d, gen)) }
+func (l *ledger) complete(i int, d ktls.Direction, gen uint32) {
+	fault.Step("before-key-complete")
+	clear(l.keyPlace(i, d, gen))
+	fault.Step("after-key-complete")
+}
 
 // abort takes an intent back: nothing was sent and nothing set.
 func (l *ledger) abort(i int, d ktls.Direction, gen uint32) { clear(l.keyPlace(i, d, gen+1)) }

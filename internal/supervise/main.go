@@ -43,7 +43,7 @@ func Main(ctx context.Context, log hclog.Logger, version string) int {
 		log.Error("supervisor cannot start", "error", err)
 		return 1
 	}
-	s := newSupervisor(ctx, log, p.client)
+	s := newSupervisor(ctx, log, faulty(p.client))
 	s.version, s.started = version, started
 	defer s.cancel()
 	first, err := s.boot(p)
@@ -149,7 +149,7 @@ func (s *Supervisor) boot(p *process) (first bool, err error) {
 	if s.incarnation, err = p.client.Lead(ctx); err != nil {
 		return false, err
 	}
-	s.retain = newRetainer(p.client, s.post)
+	s.retain = newRetainer(s.keeper, s.post)
 	first, err = s.openLedger(ctx)
 	if err != nil {
 		return first, err

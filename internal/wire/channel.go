@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/fault"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
@@ -36,6 +37,13 @@ func (c *Channel) Conn() *sys.PacketConn { return c.pc }
 // keeps its own. Cargoes and blobs larger than MaxInline go into memory files. It
 // waits in the poller, never in the kernel, while the peer does not read.
 func (c *Channel) Send(m *Message) error {
+	if fault.Enabled {
+		return c.sendFaulty(m)
+	}
+	return c.send(m)
+}
+
+func (c *Channel) send(m *Message) error {
 	out := *m
 	out.Items = append([]Item(nil), m.Items...)
 	out.Blobs = append([]Blob(nil), m.Blobs...)
@@ -87,6 +95,9 @@ func (c *Channel) Send(m *Message) error {
 }
 
 func largeFD(b []byte) (int, error) {
+	if err := fault.At("before-memfd").Err; err != nil {
+		return -1, fmt.Errorf("memfd: %w", err)
+	}
 	if len(b) > MaxCargo {
 		return -1, fmt.Errorf("state of %d bytes, the limit is %d", len(b), MaxCargo)
 	}
@@ -111,6 +122,13 @@ func (e *DescriptorsLostError) Unwrap() error { return e.Err }
 // peer is gone, ErrProtocol that it is not to be trusted any further. After a
 // *DescriptorsLostError the channel can be used on.
 func (c *Channel) Recv() (*Message, error) {
+	if fault.Enabled {
+		return c.recvFaulty()
+	}
+	return c.recv()
+}
+
+func (c *Channel) recv() (*Message, error) {
 	n, fds, err := c.pc.Recv(c.buf)
 	if errors.Is(err, sys.ErrControlTruncated) {
 		// The bytes are there. Their number is not, but CBOR knows its own end.
