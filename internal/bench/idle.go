@@ -219,7 +219,7 @@ func roleOf(pid int) string {
 		return "server"
 	}
 }
-func sorted(m map[string]float64) []string { return slices.Sorted(maps.Keys(m)) }
+func sorted[T any](m map[string]T) []string { return slices.Sorted(maps.Keys(m)) }
 
 func sum(m map[string]float64) float64 {
 	var t float64

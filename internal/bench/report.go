@@ -65,6 +65,7 @@ func kernelRelease() string {
 type Report struct {
 	Results []Comparison `json:"results"`
 	Idle    []Idle       `json:"idle"`
+	Moves   []Move       `json:"moves,omitempty"`
 }
 
 // ReadReport reads results.json of dir; there may be none yet.
@@ -87,6 +88,7 @@ func ReadReport(dir string) (Report, error) {
 // rest as it is.
 func (r *Report) Add(more Report) {
 	r.Results = replace(r.Results, more.Results, func(c Comparison) string { return c.Run.Guest + " " + c.Layer + " " + c.ID })
+	r.Moves = replace(r.Moves, more.Moves, func(m Move) string { return m.Run.Guest + " " + m.ID })
 	r.Idle = replace(r.Idle, more.Idle, func(i Idle) string { return i.Run.Guest + " " + i.ID })
 }
 
@@ -105,6 +107,9 @@ func replace[T any](list, more []T, key func(T) string) []T {
 func (r *Report) From(commit, guest string) {
 	for i := range r.Results {
 		r.Results[i].Run.Commit, r.Results[i].Run.Guest = commit, guest
+	}
+	for i := range r.Moves {
+		r.Moves[i].Run.Commit, r.Moves[i].Run.Guest = commit, guest
 	}
 	for i := range r.Idle {
 		r.Idle[i].Run.Commit, r.Idle[i].Run.Guest = commit, guest

@@ -18,11 +18,14 @@ const envRole = "KTLSVISOR_BENCH_ROLE"
 // roles take their arguments from args; they read orders from standard input and
 // answer each with one line.
 var roles = map[string]func(args []string, in *bufio.Scanner, out io.Writer) error{
-	"stock-idle": stockIdle,
-	"clients":    holdClients,
-	"handshakes": serveHandshakes,
-	"fetch":      fetch,
-	"case":       runCase,
+	"stock-idle":   stockIdle,
+	"clients":      holdClients,
+	"handshakes":   serveHandshakes,
+	"fetch":        fetch,
+	"case":         runCase,
+	"move-unit":    moveUnit,
+	"thin-clients": thinClients,
+	"raw-sink":     rawSink,
 }
 
 // Main plays a role if this process was started for one; it returns otherwise. It
@@ -52,7 +55,10 @@ type child struct {
 	out  *bufio.Scanner
 }
 
-func startRole(name string, args ...string) (*child, error) {
+func startRole(name string, args ...string) (*child, error) { return startRoleWith(name, nil, args...) }
+
+// startRoleWith also gives the child a file, as descriptor 3; it stays the caller's.
+func startRoleWith(name string, f *os.File, args ...string) (*child, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -64,6 +70,9 @@ func startRole(name string, args ...string) (*child, error) {
 		cmd.Env = append(cmd.Env, "GODEBUG=cpu.aes=off")
 	}
 	cmd.Stderr = os.Stderr
+	if f != nil {
+		cmd.ExtraFiles = []*os.File{f}
+	}
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		return nil, err

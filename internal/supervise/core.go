@@ -79,7 +79,8 @@ type Supervisor struct {
 	kernel        admin.KernelStatus
 	gate          lateGate
 	keys          keySetter
-	successor     int // pid, set before UpgradeSupervisor answers
+	successor     int                                  // pid, set before UpgradeSupervisor answers
+	craft         func(*net.TCPConn) (*Crafted, error) // nil: handshakes; see MainCrafting
 }
 
 // post hands f to the goroutine that owns the ledger; it is dropped when that has

@@ -36,6 +36,7 @@ type front struct {
 	log   hclog.Logger
 	admit func(*admission)
 	fail  func(kind counter)
+	craft func(*net.TCPConn) (*Crafted, error) // nil: handshakes
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -202,6 +203,15 @@ func (f *front) pauseFor(d time.Duration) {
 // duplicate of its descriptor, which it owns.
 func (f *front) handshake(l *listener, c *net.TCPConn, dup int) {
 	peer := c.RemoteAddr().String()
+	if f.craft != nil {
+		if err := f.crafted(l, c, dup); err != nil {
+			sys.CloseAll([]int{dup})
+			_ = c.Close()
+			f.log.Error("no session", "peer", peer, "error", err)
+			f.fail(cntHandshakeFailed)
+		}
+		return
+	}
 	conn, err := ktls.Server(f.ctx, c, l.cfg)
 	if err != nil {
 		sys.CloseAll([]int{dup}) // only now does the peer see the end

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/signal"
 	"strconv"
@@ -34,6 +35,10 @@ const bootTimeout = 30 * time.Second
 // Main is the supervisor process: started by the keeper, or by a supervisor that
 // it is to follow. It returns the process's exit code.
 func Main(ctx context.Context, log hclog.Logger, version string) int {
+	return serve(ctx, log, version, nil)
+}
+
+func serve(ctx context.Context, log hclog.Logger, version string, craft func(*net.TCPConn) (*Crafted, error)) int {
 	// Signals to the whole process group (Ctrl-C, a service manager) are the
 	// keeper's to act on: it asks this process to stop.
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
@@ -44,7 +49,7 @@ func Main(ctx context.Context, log hclog.Logger, version string) int {
 		return 1
 	}
 	s := newSupervisor(ctx, log, faulty(p.client))
-	s.version, s.started = version, started
+	s.version, s.started, s.craft = version, started, craft
 	defer s.cancel()
 	first, err := s.boot(p)
 	if err != nil {
@@ -158,6 +163,7 @@ func (s *Supervisor) boot(p *process) (first bool, err error) {
 		return first, err
 	}
 	s.front = newFront(s.log, s.admit, func(c counter) { s.post(func() { s.led.count(c, 1) }) })
+	s.front.craft = s.craft
 	if err := s.openListeners(ctx, blobs); err != nil {
 		return first, err
 	}

@@ -31,18 +31,21 @@ type options struct {
 	readme   string
 	kernels  string
 	profile  string
+
+	moveProfile string
 }
 
 func main() {
 	bench.Main()
 	var o options
 	flag.IntVar(&o.turns, "turns", bench.Full.Turns, "turns of each library in a measurement on this machine")
-	flag.StringVar(&o.run, "run", "", "regular expression: only such of bulk16-tls13-aes128, pingpong-..., handshake-..., file-..., idle-software, idle-kernel")
+	flag.StringVar(&o.run, "run", "", "regular expression: only such of bulk16-tls13-aes128, pingpong-..., handshake-..., file-..., move-..., idle-software, idle-kernel")
 	flag.StringVar(&o.dir, "o", "", "directory for README.md, results.json and the plots")
 	flag.StringVar(&o.readme, "readme", "", "file that quotes the figures")
 	flag.StringVar(&o.bin, "bin", "bin", "folder with ktlsvisor and echo")
 	flag.StringVar(&o.kernels, "kernels", "", "lines of kernels to measure the kernel layer on, in guests, such as \"7 6.12\"")
 	flag.StringVar(&o.profile, "cpuprofile", "", "file for a CPU profile of the run")
+	flag.StringVar(&o.moveProfile, "moveprofile", "", "absolute folder for CPU profiles of the processes in the last turn of a move-...")
 	flag.Parse()
 	if o.profile != "" {
 		f, err := os.Create(o.profile)
@@ -99,6 +102,16 @@ func (o options) measure(ctx context.Context) error {
 		}
 		fresh.Add(bench.Report{Idle: []bench.Idle{i}})
 	}
+	for _, m := range bench.HostMoves() {
+		if !only.MatchString(m.ID()) || ctx.Err() != nil {
+			continue
+		}
+		r, err := o.move(m)
+		if err != nil {
+			return err
+		}
+		fresh.Add(bench.Report{Moves: []bench.Move{r}})
+	}
 	fresh.From(commit, "")
 	if err := o.keep(fresh); err != nil {
 		return err
@@ -125,6 +138,9 @@ func (o options) measure(ctx context.Context) error {
 // names are all that -run can choose from, each once: some are for both layers.
 func names() []string {
 	names := []string{"idle-software", "idle-kernel"}
+	for _, m := range bench.HostMoves() {
+		names = append(names, m.ID())
+	}
 	for _, c := range slices.Concat(bench.SoftwareCases(), bench.KernelCases()) {
 		names = append(names, c.ID)
 	}
@@ -177,6 +193,21 @@ func (o options) idle() (bench.Idle, error) {
 		showIdle(i)
 	}
 	return i, err
+}
+
+func (o options) move(m bench.MoveOptions) (bench.Move, error) {
+	dir, err := os.MkdirTemp("", "kvb")
+	if err != nil {
+		return bench.Move{}, err
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	m.Dir, m.Say, m.Profile = dir, say, o.moveProfile
+	say("%s", m.ID())
+	r, err := bench.MeasureMove(m)
+	if err == nil {
+		say("%d sessions, %s layer, rest %v: %.0f a second (%.0f to %.0f); bare descriptors %.0f", r.Sessions, r.Layer, r.Rest, r.Rate, r.Low, r.High, r.RawRate)
+	}
+	return r, err
 }
 
 // head names the commit that is measured; a + says that files were changed since.
