@@ -118,6 +118,7 @@ a goroutine and a buffer of 4 KiB for each connection.
 		fmt.Fprintf(&b, "\n%s layer, Linux %s: %s.\n", i.Layer, i.Run.Kernel, strings.Join(parts, ", "))
 	}
 	b.WriteString("\n![idle memory](idle.svg)\n")
+	b.WriteString(movesText(r.Moves))
 	for _, g := range r.guests() {
 		part := r.in(g)
 		if len(part.Results) == 0 {

@@ -1,0 +1,57 @@
+package bench
+
+import (
+	"fmt"
+	"strings"
+)
+
+// moveRate is the least number of sessions that one unit should move in a second.
+const moveRate = 50000
+
+// movesText is the part about moves of docs/benchmarks.
+func movesText(list []Move) string {
+	if len(list) == 0 {
+		return ""
+	}
+	var b strings.Builder
+	b.WriteString(`
+## Moves
+
+An upgrade of a whole unit: keeper, supervisor and one worker of each generation, in
+processes of their own. Every session is a TCP connection with a record state and 1 KiB of
+application state; it is frozen, parked, offered with its socket from the keeper, adopted,
+committed in the ledger, resumed and released. Sessions do nothing meanwhile; at the end
+each client has a byte echoed. Keys are made up by both sides instead of handshakes. The
+time is from the word that the new generation is ready to the end of the last RELEASE.
+Medians of the turns, lowest and highest in brackets. The limit is what SCM_RIGHTS does
+alone, in batches of 64 over the same kind of socket to a process that closes them, in the
+same run. *At rest* means that no handler waits for the session (handoff.WithRest).
+
+| sessions | | moved a second | descriptors alone | target | met | stall p50 | p99 | longest | processor time a session |
+|---:|---|---:|---:|---:|---|---:|---:|---:|---|
+`)
+	var runs []string
+	for _, m := range list {
+		what := m.Layer + " layer, a handler waits in Read"
+		if m.Rest {
+			what = m.Layer + " layer, at rest"
+		}
+		target, met := fmt.Sprintf("≥ %d", moveRate), yes(m.Rate >= moveRate)
+		if m.Run.Guest != "" {
+			what += ", Linux " + m.Run.Kernel + " (emulated)"
+			target, met = "", ""
+		}
+		var cpu []string
+		for _, name := range sorted(m.CPU) {
+			cpu = append(cpu, fmt.Sprintf("%s %.1f", name, m.CPU[name]))
+		}
+		fmt.Fprintf(&b, "| %d | %s | %.0f (%.0f to %.0f) | %.0f | %s | %s | %.1f ms | %.1f ms | %.1f ms | %s µs |\n", m.Sessions, what,
+			m.Rate, m.Low, m.High, m.RawRate, target, met, m.StallP50, m.StallP99, m.StallMax, strings.Join(cpu, ", "))
+		line := fmt.Sprintf("- %s, %d cores; Linux %s; %s; %s, commit %s\n", m.Run.CPU, m.Run.Cores, m.Run.Kernel, m.Run.Go, m.Run.Date, m.Run.Commit)
+		if len(runs) == 0 || runs[len(runs)-1] != line {
+			runs = append(runs, line)
+		}
+	}
+	b.WriteString("\n" + strings.Join(runs, ""))
+	return b.String()
+}
