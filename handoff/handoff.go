@@ -96,6 +96,7 @@ type options struct {
 	log     hclog.Logger
 	name    string
 	ready   func(context.Context) error
+	health  func(context.Context) error
 
 	restAfter time.Duration
 }

@@ -20,7 +20,7 @@ func (w *worker) handle(m *wire.Message) error {
 	case wire.TypeWelcome:
 		return w.welcomed(m.Welcome)
 	case wire.TypePing:
-		w.send(&wire.Message{Type: wire.TypePong, Nonce: m.Nonce})
+		w.ping(m.Nonce)
 		return nil
 	case wire.TypeInventory:
 		w.inventory(m.Nonce)

@@ -69,10 +69,18 @@ func printStatus(w io.Writer, st *admin.Status) {
 			rows = append(rows, []string{p.Name, fmt.Sprint(p.Generation), "-", "no worker", "-", command})
 		}
 		for _, wk := range p.Workers {
-			rows = append(rows, []string{p.Name, fmt.Sprint(wk.Generation), strconv.Itoa(wk.PID), wk.State, strconv.Itoa(wk.Sessions), command})
+			rows = append(rows, []string{p.Name, fmt.Sprint(wk.Generation), strconv.Itoa(wk.PID), workerState(wk), strconv.Itoa(wk.Sessions), command})
 		}
 	}
 	table(w, rows)
+}
+
+// workerState is a worker's state, and what is wrong with it.
+func workerState(w admin.WorkerStatus) string {
+	if w.Unhealthy == "" {
+		return w.State
+	}
+	return w.State + ", not well: " + w.Unhealthy
 }
 
 func kernelText(k admin.KernelStatus) string {

@@ -60,6 +60,7 @@ type WorkerStatus struct {
 	Generation uint32 `json:"generation"`
 	State      string `json:"state"` // starting, ready, retiring, dying
 	Sessions   int    `json:"sessions"`
+	Unhealthy  string `json:"unhealthy,omitempty"` // why it is not well: it says so, or it does not answer
 }
 
 // SessionTotals counts live sessions by record layer, and those without an owner.
@@ -85,6 +86,8 @@ type Counters struct {
 	ClosedUnknown uint64 `json:"closed_unknown"`
 	// KeyUpdates counts keys changed in the kernel, either direction.
 	KeyUpdates uint64 `json:"key_updates"`
+	// Hangs counts workers that were killed because they did not answer.
+	Hangs uint64 `json:"hangs"`
 }
 
 // HandshakeCounters count connections that never became sessions.

@@ -18,6 +18,8 @@ const (
 	DefaultReadyTimeout     = Duration(10 * time.Second)
 	DefaultFreezeTimeout    = Duration(5 * time.Second)
 	DefaultStopTimeout      = Duration(10 * time.Second)
+	DefaultHeartbeat        = Duration(5 * time.Second)
+	DefaultHangTimeout      = Duration(30 * time.Second)
 	DefaultPool             = "default"
 	DefaultMinVersion       = "1.2"
 )
@@ -96,6 +98,8 @@ type Pool struct {
 	ReadyTimeout  Duration          `json:"ready_timeout"`
 	FreezeTimeout Duration          `json:"freeze_timeout"`
 	StopTimeout   Duration          `json:"stop_timeout"`
+	Heartbeat     Duration          `json:"heartbeat"`        // how often a worker is asked whether it is there; 0: never
+	HangTimeout   Duration          `json:"hang_timeout"`     // one that does not answer for so long is killed
 	NoFile        uint64            `json:"nofile,omitempty"` // NOFILE limit of a worker; 0 keeps the supervisor's
 	Env           map[string]string `json:"env,omitempty"`    // added to the supervisor's environment
 	Dir           string            `json:"dir,omitempty"`    // working directory; empty keeps the supervisor's
@@ -137,7 +141,21 @@ func NewPool() Pool {
 		ReadyTimeout:  DefaultReadyTimeout,
 		FreezeTimeout: DefaultFreezeTimeout,
 		StopTimeout:   DefaultStopTimeout,
+		Heartbeat:     DefaultHeartbeat,
+		HangTimeout:   DefaultHangTimeout,
 	}
+}
+
+// UnmarshalJSON gives defaults to what an earlier version, which did not know it, left
+// out.
+func (p *Pool) UnmarshalJSON(b []byte) error {
+	type plain Pool
+	q := plain(NewPool())
+	if err := json.Unmarshal(b, &q); err != nil {
+		return err
+	}
+	*p = Pool(q)
+	return nil
 }
 
 // Pool returns the pool of that name, or nil.

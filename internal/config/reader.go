@@ -70,6 +70,8 @@ func (r *reader) config(c *Config, tree map[string]any) {
 					"ready_timeout":  r.duration(&p.ReadyTimeout),
 					"freeze_timeout": r.duration(&p.FreezeTimeout),
 					"stop_timeout":   r.duration(&p.StopTimeout),
+					"heartbeat":      r.duration(&p.Heartbeat),
+					"hang_timeout":   r.duration(&p.HangTimeout),
 					"nofile":         r.limit(&p.NoFile),
 					"env":            r.textMap(&p.Env),
 					"dir":            r.text(&p.Dir),

@@ -19,6 +19,8 @@ const (
 	maxWorkers       = 1024
 	maxDuration      = 24 * time.Hour
 	minNoFile        = 64
+	minHeartbeat     = 100 * time.Millisecond
+	minHangTimeout   = time.Second
 	// maxUnixPath is the longest path of a Unix socket: sun_path holds 108 bytes with
 	// the final zero (unix(7)).
 	maxUnixPath = 107
@@ -90,6 +92,14 @@ func (c *Config) validatePool(p *problems, pool *Pool, key string) {
 	c.duration(p, key+".ready_timeout", pool.ReadyTimeout)
 	c.duration(p, key+".freeze_timeout", pool.FreezeTimeout)
 	c.duration(p, key+".stop_timeout", pool.StopTimeout)
+	if pool.Heartbeat != 0 && (pool.Heartbeat.D() < minHeartbeat || pool.Heartbeat.D() > maxDuration) {
+		p.add(key+".heartbeat", fmt.Sprintf(`give a duration from %s to %s, "0s" for none, or leave it out for %s`, Duration(minHeartbeat), Duration(maxDuration), DefaultHeartbeat),
+			"%s is not possible", pool.Heartbeat)
+	}
+	if pool.HangTimeout.D() < minHangTimeout || pool.HangTimeout.D() > maxDuration {
+		p.add(key+".hang_timeout", fmt.Sprintf("give a duration from %s to %s, or leave it out for %s", Duration(minHangTimeout), Duration(maxDuration), DefaultHangTimeout),
+			"%s is not possible: a worker that is only slow would be killed", pool.HangTimeout)
+	}
 	if pool.NoFile != 0 && pool.NoFile < minNoFile {
 		p.add(key+".nofile", fmt.Sprintf("give at least %d, and one for every session besides; or leave it out", minNoFile),
 			"a worker cannot run with %d descriptors", pool.NoFile)

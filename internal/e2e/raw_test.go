@@ -161,6 +161,7 @@ var attacks = map[string]func(fd int) error{
 		}
 		return sendRaw(m)(fd)
 	},
+	"pong-for-no-ping": sendRaw(&wire.Message{Type: wire.TypePong, Nonce: 1 << 40}),
 	"descriptors": func(fd int) error {
 		b, err := wire.Encode(&wire.Message{Type: wire.TypePong})
 		if err != nil {

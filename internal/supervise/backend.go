@@ -311,7 +311,9 @@ func (s *Supervisor) status() *admin.Status {
 		p := s.pools[c.Name]
 		ps := admin.PoolStatus{Name: p.name, Generation: p.serving, Command: p.command, Upgrading: p.op != nil, Workers: []admin.WorkerStatus{}}
 		for _, w := range sortedWorkers(p.workers) {
-			ps.Workers = append(ps.Workers, admin.WorkerStatus{PID: w.pid, Generation: w.gen, State: w.state.String(), Sessions: len(w.sessions)})
+			ws := admin.WorkerStatus{PID: w.pid, Generation: w.gen, State: w.state.String(), Sessions: len(w.sessions)}
+			ws.Unhealthy, _ = w.unhealthy()
+			ps.Workers = append(ps.Workers, ws)
 		}
 		st.Pools = append(st.Pools, ps)
 	}

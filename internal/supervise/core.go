@@ -59,6 +59,8 @@ type Supervisor struct {
 	owing        map[uint64]*session // that owe their peer a KeyUpdate
 	keyOps       int                 // goroutines that read or set keys
 	groupMoves   map[*groupMove]struct{}
+	pings        uint32    // sent so far
+	ranFor       runTime   // for heartbeats
 	trim         sys.Trim  // memory, after handshakes and moves
 	trimAt       time.Time // next look
 	quiescing    bool      // a successor is about to start: begin nothing new
@@ -206,6 +208,7 @@ func (s *Supervisor) onTick(now time.Time) {
 		s.trim.Tick()
 		s.trimAt = now.Add(time.Second)
 	}
+	s.beat(now)
 	for a := range s.attempts {
 		if now.After(a.deadline) {
 			s.attemptTimedOut(a)
@@ -248,7 +251,7 @@ func (s *Supervisor) onMessage(w *worker, ch *wire.Channel, m *wire.Message) {
 		m.CloseSockets()
 		return
 	}
-	w.deaf = false
+	w.heard()
 	var err error
 	switch m.Type {
 	case wire.TypeHello:
@@ -270,6 +273,7 @@ func (s *Supervisor) onMessage(w *worker, ch *wire.Channel, m *wire.Message) {
 	case wire.TypeKeyUpdate, wire.TypeWantUpdate, wire.TypePaused, wire.TypeSent:
 		err = s.onRekey(w, m)
 	case wire.TypePong:
+		err = s.onPong(w, m)
 	default:
 		err = fmt.Errorf("%w: %s is not for workers to send", wire.ErrProtocol, m.Type)
 	}

@@ -26,6 +26,7 @@ const (
 	cntWorkerDeaths
 	cntProtocolErrors
 	cntKeyUpdates
+	cntHangs
 )
 
 func (l *ledger) count(c counter, n uint64) {
@@ -58,6 +59,7 @@ func (l *ledger) counters() admin.Counters {
 		Interrupted: l.counter(cntInterrupted), Lost: l.counter(cntLost),
 		ClosedByPeer: l.counter(cntClosedByPeer), ClosedByOwner: l.counter(cntClosedByOwner),
 		ClosedUnknown: l.counter(cntClosedUnknown), KeyUpdates: l.counter(cntKeyUpdates),
+		Hangs: l.counter(cntHangs),
 	}
 }
 

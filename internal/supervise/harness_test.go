@@ -172,6 +172,7 @@ func (u *unit) start(led *ledger, incarnation uint32) {
 	pc := config.NewPool()
 	pc.Name, pc.Command, pc.Workers = "p", []string{"/nonexistent"}, 0
 	pc.FreezeTimeout = config.Duration(time.Minute)
+	pc.Heartbeat = 0 // a test that wants PINGs says so
 	s.cfg = &config.Config{MaxSessions: led.slots, Pools: []config.Pool{pc}}
 	u.pool = &pool{name: "p", cfg: pc, serving: 1, newest: 1, workers: map[uint64]*worker{}, parked: map[uint64]*session{}}
 	s.pools["p"] = u.pool
@@ -288,7 +289,7 @@ func (u *unit) silent(f *fake) {
 // settle returns when what a worker sent has been handled.
 func (u *unit) settle(f *fake) {
 	u.t.Helper()
-	f.send(&wire.Message{Type: wire.TypePong})
+	f.send(&wire.Message{Type: wire.TypeAdopted}) // nothing
 	u.until(func() bool { return true })
 }
 

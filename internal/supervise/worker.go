@@ -85,6 +85,7 @@ type worker struct {
 	deaf     bool // it did not answer an ADOPT in time; nothing new until it says something
 
 	inventory *inventory // while one is being taken
+	beat      heartbeat
 }
 
 func (w *worker) String() string {

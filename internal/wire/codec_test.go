@@ -50,7 +50,7 @@ func samples() []*Message {
 		{Type: TypeGrouped, Refs: refs[:1], Group: "lobby", Text: "full"},
 		{Type: TypeStop, Millis: 10_000, Drain: true, Text: "upgrade"},
 		{Type: TypePing, Nonce: 5},
-		{Type: TypePong, Nonce: 5},
+		{Type: TypePong, Nonce: 5, Text: "no database"},
 		{Type: TypeKeyUpdate, Rekeys: []Rekey{{Ref: r, Count: 3, Request: true}}},
 		{Type: TypeRekeyed, Rekeys: []Rekey{{Ref: r, Count: 3}, {Ref: r, Count: 4, Failed: "no such key"}}},
 		{Type: TypeWantUpdate, Rekeys: []Rekey{{Ref: r, Request: true}}},
