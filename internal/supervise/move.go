@@ -11,7 +11,7 @@ import (
 const (
 	// window is how many sessions of one worker are under way at once; it bounds
 	// the state in flight (the protocol's credit).
-	window = 64
+	window = 128
 	// adoptTimeout bounds how long a worker may take to answer ADOPT.
 	adoptTimeout = 10 * time.Second
 	// retryAfter is when a session that reached no safe point is asked again.
@@ -77,11 +77,10 @@ func (s *Supervisor) emptyRetiring(p *pool) {
 		if !w.usable() || p.target() == nil {
 			continue
 		}
-		room := window
-		for _, ss := range w.sessions {
-			if ss.attempt != nil {
-				room--
-			}
+		// In batches: what every message costs is much more than what a session in it does.
+		room := window - s.leaving(w)
+		if room < window/2 && room < len(w.sessions) || now.Before(w.scanAt) {
+			continue
 		}
 		var list []*session
 		for _, ss := range w.sessions {
@@ -101,7 +100,20 @@ func (s *Supervisor) emptyRetiring(p *pool) {
 		if len(list) > 0 {
 			s.freeze(w, list, nil)
 		}
+		if room > 0 { // the rest is to be asked again later: not to be looked through at every event
+			w.scanAt = now.Add(tick / 2)
+		}
 	}
+}
+
+// leaving is how many sessions of a worker are on their way to another.
+func (s *Supervisor) leaving(w *worker) (n int) {
+	for a := range s.attempts {
+		if a.from == w {
+			n++
+		}
+	}
+	return n
 }
 
 // placeParked gives sessions without an owner to workers.
@@ -173,7 +185,7 @@ func (s *Supervisor) onParked(w *worker, m *wire.Message) error {
 			continue // of an attempt that was given up; its THAW is under way
 		}
 		a.cargo = wire.Cargo{Record: it.Cargo.Record, App: it.Cargo.App}
-		a.flags = wire.FlagRestored
+		a.flags = wire.FlagRestored | it.Flags&wire.FlagResting
 		if !s.joinable(a, a.dest) {
 			s.giveUp(a, "the group it wants to join has moved")
 			continue

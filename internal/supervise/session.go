@@ -148,6 +148,9 @@ func (ss *session) facts(l *ledger) []byte {
 	if ss.bigFacts != nil {
 		return ss.bigFacts
 	}
+	if b, ok := l.ktlsFacts(ss.slot); ok {
+		return b
+	}
 	f, err := l.facts(ss.slot)
 	if err != nil {
 		return nil // its import is refused, with a word

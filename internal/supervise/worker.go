@@ -82,7 +82,8 @@ type worker struct {
 	retained bool          // the keeper holds it
 	broke    error         // why it was detached or killed
 	readyAt  time.Time
-	deaf     bool // it did not answer an ADOPT in time; nothing new until it says something
+	scanAt   time.Time // its sessions are looked through for some to move, not before
+	deaf     bool      // it did not answer an ADOPT in time; nothing new until it says something
 
 	inventory *inventory // while one is being taken
 	beat      heartbeat

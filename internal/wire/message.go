@@ -132,6 +132,9 @@ const (
 	// FlagInterrupted marks a session whose owner died: what the application had
 	// read and not answered is gone, and so is its state.
 	FlagInterrupted Flags = 2
+	// FlagResting marks a session at rest, in PARKED and the ADOPT that follows: its
+	// handler has nothing to do before there is input.
+	FlagResting Flags = 4
 )
 
 // Item is one session in ADOPT and PARKED. A cargo larger than MaxInline travels
