@@ -3,8 +3,6 @@ package handoff
 import (
 	"errors"
 	"fmt"
-	"os"
-	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
@@ -97,11 +95,7 @@ func (w *worker) adoptOne(it *wire.Item) error {
 		sys.CloseAll([]int{fd})
 		return fmt.Errorf("session %d: %w", it.ID, err)
 	}
-	f := os.NewFile(uintptr(fd), "session")
-	if err := f.SetDeadline(time.Time{}); err != nil {
-		_ = f.Close()
-		return fmt.Errorf("session %d: the socket cannot be polled: %w", it.ID, err)
-	}
+	f := newSocket(fd)
 	t, err := ktls.Import(f, it.Cargo.Facts, it.Cargo.Record)
 	clear(it.Cargo.Record)
 	if err != nil {
@@ -112,7 +106,8 @@ func (w *worker) adoptOne(it *wire.Item) error {
 	c.app = it.Cargo.App
 	c.restored = it.Flags&(wire.FlagRestored|wire.FlagInterrupted) != 0
 	c.interrupted = it.Flags&wire.FlagInterrupted != 0
-	s := &session{id: it.ID, owner: it.Epoch, seen: it.Epoch, phase: phaseAdopted, conn: c, group: it.Group}
+	s := &session{id: it.ID, owner: it.Epoch, seen: it.Epoch, phase: phaseAdopted, conn: c, group: it.Group,
+		resting: it.Flags&wire.FlagResting != 0}
 	c.s = s
 	w.relayed(s, t)
 	w.sessions[it.ID] = s

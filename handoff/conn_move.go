@@ -127,9 +127,10 @@ func (c *Conn) ends() (closed bool, cause error) {
 // kept is a session that was taken off its Conn: its socket and what travels.
 type kept struct {
 	sock   ktls.Socket
-	facts  []byte
+	facts  *ktls.State // only for MarshalFacts: few come back
 	record []byte
 	app    []byte
+	rested bool // it was at rest: its handler need not run before there is input
 }
 
 // drop closes this process's copy of the socket. The connection goes on elsewhere:
@@ -152,33 +153,60 @@ func abandon(s ktls.Socket) {
 // What other goroutines still do with the Conn is interrupted. On an error the
 // connection cannot be continued by anyone.
 func (c *Conn) detach() (*kept, error) {
-	c.mu.Lock()
-	if c.dead != nil {
-		c.mu.Unlock()
-		return nil, c.dead
-	}
-	c.detached = true
-	err := c.updateLocked()
-	s, app := c.tls, c.app
-	c.mu.Unlock()
-	if err != nil {
+	if err := c.leave(); err != nil {
 		return nil, err
 	}
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
 	fault.Step("before-export")
-	sock, st, err := s.Detach()
+	sock, st, err := c.session().Detach()
 	fault.Step("after-export")
+	return c.detachLocked(sock, st, err)
+}
+
+// leave lets nobody begin anything with the session any more.
+func (c *Conn) leave() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.dead != nil {
+		return c.dead
+	}
+	c.detached = true
+	return c.updateLocked()
+}
+
+// tryDetach is detach unless somebody uses the session at this moment; then done is
+// false, and detach has to wait for that.
+func (c *Conn) tryDetach() (k *kept, err error, done bool) {
+	if err := c.leave(); err != nil {
+		return nil, err, true
+	}
+	if !c.wmu.TryLock() {
+		return nil, nil, false
+	}
+	defer c.wmu.Unlock()
+	fault.Step("before-export")
+	sock, st, err := c.session().TryDetach()
+	fault.Step("after-export")
+	if errors.Is(err, ktls.ErrInUse) {
+		return nil, nil, false
+	}
+	k, err = c.detachLocked(sock, st, err)
+	return k, err, true
+}
+
+// detachLocked takes what Detach gave, and wmu is held.
+func (c *Conn) detachLocked(sock ktls.Socket, st *ktls.State, err error) (*kept, error) {
+	c.mu.Lock()
+	s, app := c.tls, c.app
+	c.mu.Unlock()
 	if err != nil {
 		_ = s.Close()
 		return nil, err
 	}
 	defer st.Wipe()
-	k := &kept{sock: sock, app: app}
-	if k.facts, err = st.MarshalFacts(); err == nil {
-		k.record, err = st.MarshalRecord()
-	}
-	if err != nil {
+	k := &kept{sock: sock, app: app, facts: st}
+	if k.record, err = st.MarshalRecord(); err != nil {
 		abandon(sock)
 		return nil, err
 	}
@@ -187,7 +215,11 @@ func (c *Conn) detach() (*kept, error) {
 
 // attach puts a session that detach took off back on.
 func (c *Conn) attach(k *kept) error {
-	s, err := ktls.Import(k.sock, k.facts, k.record)
+	var s *ktls.Conn
+	facts, err := k.facts.MarshalFacts()
+	if err == nil {
+		s, err = ktls.Import(k.sock, facts, k.record)
+	}
 	clear(k.record)
 	if err != nil {
 		abandon(k.sock)

@@ -190,24 +190,36 @@ func (w *worker) park(s *session) {
 		w.giveUp(s)
 		return
 	}
+	rested := s.asleep
 	w.awake(s)
 	s.phase = phaseParking
+	if rested { // most often nobody uses it, and there is nothing to wait for
+		if k, err, done := s.conn.tryDetach(); done {
+			w.detached(s, k, err, true)
+			return
+		}
+	}
 	go func() {
 		k, err := s.conn.detach()
-		w.in.post(func() {
-			if err != nil {
-				w.notParked(s, err)
-				return
-			}
-			s.kept, s.phase = k, phaseParked
-			if n := len(k.record) + len(k.app); n > wire.MaxCargo-1024 {
-				w.log.Error("session stays here: its state is too large to travel", "session", s.id, "bytes", n, "limit", wire.MaxCargo-1024)
-				w.giveUp(s)
-				return
-			}
-			w.step(s)
-		})
+		w.in.post(func() { w.detached(s, k, err, rested) })
 	}()
+}
+
+// detached goes on with what came of taking a session off its Conn; rested says that it
+// was at rest.
+func (w *worker) detached(s *session, k *kept, err error, rested bool) {
+	if err != nil {
+		w.notParked(s, err)
+		return
+	}
+	k.rested = rested
+	s.kept, s.phase = k, phaseParked
+	if n := len(k.record) + len(k.app); n > wire.MaxCargo-1024 {
+		w.log.Error("session stays here: its state is too large to travel", "session", s.id, "bytes", n, "limit", wire.MaxCargo-1024)
+		w.giveUp(s)
+		return
+	}
+	w.step(s)
 }
 
 // notParked reports a session that could not be taken off its Conn: it had ended
@@ -241,7 +253,11 @@ func (w *worker) giveUp(s *session) {
 // sender wipes.
 func (s *session) parkedItem() wire.Item {
 	s.sent = s.attempt
-	return wire.Item{Ref: wire.Ref{ID: s.id, Epoch: s.attempt}, Group: s.group,
+	var flags wire.Flags
+	if s.kept.rested {
+		flags = wire.FlagResting
+	}
+	return wire.Item{Ref: wire.Ref{ID: s.id, Epoch: s.attempt}, Group: s.group, Flags: flags,
 		Cargo: wire.Cargo{Record: slices.Clone(s.kept.record), App: s.kept.app}}
 }
 
@@ -257,7 +273,7 @@ func (w *worker) unpark(s *session) {
 				w.closed(s, wire.ReasonLayer, err)
 				return
 			}
-			s.phase = phaseIdle
+			s.phase, s.resting = phaseIdle, k.rested
 			if w.gone != nil && s.conn.session().AwaitsKeys() {
 				w.keysStay(s)
 				return

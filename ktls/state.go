@@ -142,6 +142,10 @@ func (c *Conn) Detach() (Socket, *State, error) {
 	defer c.rmu.Unlock()
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
+	return c.detachLocked()
+}
+
+func (c *Conn) detachLocked() (Socket, *State, error) {
 	if c.closed.Load() {
 		return nil, nil, net.ErrClosed
 	}
