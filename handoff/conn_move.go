@@ -205,6 +205,9 @@ func (c *Conn) detachLocked(sock ktls.Socket, st *ktls.State, err error) (*kept,
 		return nil, err
 	}
 	defer st.Wipe()
+	if c.w.vault != nil {
+		c.w.vault.keep(c.id, st)
+	}
 	k := &kept{sock: sock, app: app, facts: st}
 	if k.record, err = st.MarshalRecord(); err != nil {
 		abandon(sock)

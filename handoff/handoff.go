@@ -99,6 +99,8 @@ type options struct {
 	health  func(context.Context) error
 
 	restAfter time.Duration
+
+	embed upgraderOptions
 }
 
 // Option changes how Serve works.

@@ -48,6 +48,10 @@ func (s *session) ownership() wire.Ref { return wire.Ref{ID: s.id, Epoch: s.owne
 // was parked and goes on here has another Conn, and the same count.
 func (w *worker) relayed(s *session, t *ktls.Conn) {
 	s.base = s.updates
+	if w.vault != nil {
+		w.vault.give(s.id, t)
+		return
+	}
 	if w.welcome != nil && w.welcome.Rekey {
 		t.SetRelay(relay{w, s, s.base})
 	}

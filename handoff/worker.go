@@ -36,6 +36,8 @@ type worker struct {
 
 	ticks atomic.Uint32 // of the clock by which sessions get a rest
 
+	vault *vault // secrets of sessions in the kernel layer; nil: the supervisor has them
+
 	base   context.Context // of all handlers
 	cancel context.CancelFunc
 

@@ -60,6 +60,9 @@ func samples() []*Message {
 		{Type: TypeSent, Rekeys: []Rekey{{Ref: r}, {Ref: r, Failed: "no room"}}},
 		{Type: TypeContinue, Rekeys: []Rekey{{Ref: r}}},
 		{Type: TypeUpdate, Rekeys: []Rekey{{Ref: r, Request: true}}},
+		{Type: TypeBegin},
+		{Type: TypeSettled},
+		{Type: TypeKeys, Items: []Item{{Ref: r, Cargo: Cargo{Record: []byte("secrets")}}}},
 	}
 }
 

@@ -77,6 +77,11 @@ const (
 	TypeSent       Type = 29 // W>S: it was sent, or could not be
 	TypeContinue   Type = 30 // S>W: the next key is set, write on
 	TypeUpdate     Type = 31 // S>W: software layer: send a KeyUpdate yourself; the answer is SENT
+
+	// Between two processes of a program that is its own supervisor (handoff.Upgrader).
+	TypeBegin   Type = 41 // S>W: the old process accepts no more: accept
+	TypeSettled Type = 42 // S>W: what could be moved has been: take over
+	TypeKeys    Type = 43 // S>W: traffic secrets of sessions in the kernel layer, before their ADOPT
 )
 
 var typeNames = map[Type]string{
@@ -89,6 +94,7 @@ var typeNames = map[Type]string{
 	TypeKeyUpdate: "KEY_UPDATE", TypeRekeyed: "REKEYED", TypeWantUpdate: "WANT_UPDATE",
 	TypePause: "PAUSE", TypePaused: "PAUSED", TypeSend: "SEND", TypeSent: "SENT",
 	TypeContinue: "CONTINUE", TypeUpdate: "UPDATE",
+	TypeBegin: "BEGIN", TypeSettled: "SETTLED", TypeKeys: "KEYS",
 }
 
 func (t Type) String() string {

@@ -1,0 +1,444 @@
+package handoff
+
+import (
+	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+)
+
+// unit is one attempt to move a session, or a group of them, to the new process.
+//
+//	freezing --PARKED of all--> offered --ADOPTED of all--> committing --PONG--> (gone)
+//	    |                          |                            |
+//	    +------- time, THAW -------+------- REFUSED, THAW ------+--- RESUME not sent, or
+//	                                                                 not read by a dead process
+type unit struct {
+	g        *giving
+	group    string
+	members  []*member
+	stage    unitStage
+	deadline time.Time
+	last     bool // of a group: PARKED with last has come
+	blobs    []wire.Blob
+}
+
+type member struct {
+	r       *resident
+	epoch   wire.Epoch
+	item    wire.Item
+	parked  bool
+	adopted bool
+}
+
+type unitStage uint8
+
+const (
+	unitFreezing   unitStage = iota // FREEZE was sent to our worker
+	unitOffered                     // ADOPT is being sent to the new process
+	unitCommitting                  // RESUME is being sent to the new process
+)
+
+func (g *giving) newUnit(group string, rs ...*resident) *unit {
+	u := &unit{g: g, group: group, deadline: time.Now().Add(g.h.embed.freezeTimeout)}
+	for _, r := range rs {
+		r.unit = u
+		u.members = append(u.members, &member{r: r, epoch: g.h.nextEpoch()})
+	}
+	g.units[u] = struct{}{}
+	g.inFlight += len(rs)
+	return u
+}
+
+func (u *unit) first() uint64 { return u.members[0].r.id }
+
+func (u *unit) refs() []wire.Ref {
+	l := make([]wire.Ref, len(u.members))
+	for i, m := range u.members {
+		l[i] = wire.Ref{ID: m.r.id, Epoch: m.epoch}
+	}
+	return l
+}
+
+// find returns the member that an answer is about, nil if the answer is late.
+func (g *giving) find(ref wire.Ref, stage unitStage) (*unit, *member) {
+	r := g.h.residents[ref.ID]
+	if r == nil || r.unit == nil || r.unit.stage != stage {
+		return nil, nil
+	}
+	for _, m := range r.unit.members {
+		if m.r == r && m.epoch == ref.Epoch {
+			return r.unit, m
+		}
+	}
+	return nil, nil
+}
+
+// parked takes PARKED of our worker, and offers.
+func (g *giving) parked(m *wire.Message) {
+	var singles []*unit
+	for i := range m.Items {
+		u, mb := g.find(m.Items[i].Ref, unitFreezing)
+		if u == nil {
+			clear(m.Items[i].Cargo.Record)
+			continue
+		}
+		mb.item, mb.parked = m.Items[i], true
+		if u.group == "" {
+			singles = append(singles, u)
+		}
+	}
+	g.offer(singles)
+	if u := g.groupUnit(m.Group); u != nil && u.stage == unitFreezing {
+		if m.Last {
+			u.last, u.blobs = true, m.Blobs
+		}
+		u.offerGroup()
+	}
+}
+
+// groupUnit is the attempt to move a group, nil if there is none.
+func (g *giving) groupUnit(name string) *unit {
+	if name == "" {
+		return nil
+	}
+	for u := range g.units {
+		if u.group == name {
+			return u
+		}
+	}
+	return nil
+}
+
+// offerGroup offers a group when all of its members are parked.
+func (u *unit) offerGroup() {
+	if len(u.members) == 0 {
+		u.g.drop(u)
+		return
+	}
+	if !u.last || u.stage != unitFreezing {
+		return
+	}
+	for _, m := range u.members {
+		if !m.parked {
+			return
+		}
+	}
+	u.g.offer([]*unit{u})
+}
+
+// offer sends ADOPT for units that are parked: one group, or any number of single
+// sessions. The sockets are the worker's, which is asked for them.
+func (g *giving) offer(units []*unit) {
+	if len(units) == 0 {
+		return
+	}
+	if g.broken {
+		for _, u := range units {
+			g.takeBack(u, false)
+		}
+		return
+	}
+	var refs []wire.Ref
+	for _, u := range units {
+		u.stage, u.deadline = unitOffered, time.Now().Add(answerTime)
+		refs = append(refs, u.refs()...)
+	}
+	group := units[0].group
+	parts := wire.BatchRefs(refs)
+	for i, part := range parts {
+		last := group != "" && i == len(parts)-1
+		g.h.worker.luggageOf(part, func(l []luggage) {
+			g.h.in.post(func() { g.send(group, part, l, last) })
+		})
+	}
+}
+
+// send sends one part of an offer.
+func (g *giving) send(group string, refs []wire.Ref, l []luggage, last bool) {
+	var items, keys []wire.Item
+	var blobs []wire.Blob
+	var fds []int
+	for i, ref := range refs {
+		u, m := g.find(ref, unitOffered)
+		if u == nil || g.broken || g.h.ended { // taken back meanwhile
+			sys.CloseAll([]int{l[i].fd})
+			continue
+		}
+		if l[i].fd < 0 || l[i].err != nil {
+			sys.CloseAll([]int{l[i].fd})
+			if l[i].err != nil {
+				g.h.log.Error("session stays here: its socket could not be duplicated", "session", ref.ID, "error", l[i].err)
+			}
+			for _, it := range items {
+				if group != "" {
+					clear(it.Cargo.Record)
+				}
+			}
+			g.takeBack(u, true)
+			if group == "" {
+				continue
+			}
+			sys.CloseAll(fds)
+			for _, rest := range l[i+1:] {
+				sys.CloseAll([]int{rest.fd})
+			}
+			return
+		}
+		it := m.item
+		it.Socket, it.Cargo.Facts, it.Group = l[i].fd, l[i].facts, m.r.group
+		it.Flags = wire.FlagRestored | it.Flags&wire.FlagResting
+		fds = append(fds, l[i].fd)
+		items = append(items, it)
+		if s := g.h.vault.copyOf(ref.ID); len(s) > 0 {
+			keys = append(keys, wire.Item{Ref: ref, Cargo: wire.Cargo{Record: s}})
+		}
+		if last {
+			blobs = u.blobs
+		}
+	}
+	if len(items) == 0 {
+		return
+	}
+	if len(keys) > 0 {
+		g.h.down.put(&wire.Message{Type: wire.TypeKeys, Items: keys}, nil)
+	}
+	parts := wire.BatchItems(items)
+	for i, part := range parts {
+		m := &wire.Message{Type: wire.TypeAdopt, Group: group, Items: part}
+		if last && i == len(parts)-1 {
+			m.Last, m.Blobs = true, blobs
+		}
+		g.h.down.put(m, func(error) {
+			for i := range part {
+				sys.CloseAll([]int{part[i].Socket})
+			}
+		})
+	}
+}
+
+// offered takes ADOPTED of the new process, and commits.
+func (g *giving) offered(refs []wire.Ref) {
+	var units []*unit
+	for _, ref := range refs {
+		u, m := g.find(ref, unitOffered)
+		if u == nil {
+			continue
+		}
+		m.adopted = true
+		all := true
+		for _, x := range u.members {
+			all = all && x.adopted
+		}
+		if all {
+			units = append(units, u)
+		}
+	}
+	var singles []*unit
+	for _, u := range units {
+		if u.group == "" {
+			singles = append(singles, u)
+		} else {
+			g.commit([]*unit{u})
+		}
+	}
+	if len(singles) > 0 {
+		g.commit(singles)
+	}
+}
+
+// commit makes the new process the owner: RESUME, and a PING whose answer says that it
+// was read.
+func (g *giving) commit(units []*unit) {
+	var refs []wire.Ref
+	for _, u := range units {
+		u.stage = unitCommitting
+		refs = append(refs, u.refs()...)
+	}
+	g.h.count++
+	nonce := uint64(g.h.count)
+	uc := &unconfirmed{units: units, ids: refs}
+	g.unread[nonce] = uc
+	group := units[0].group
+	parts := wire.BatchRefs(refs)
+	for i, part := range parts {
+		m := &wire.Message{Type: wire.TypeResume, Group: group, Refs: part, Last: group != "" && i == len(parts)-1}
+		var then func(error)
+		if i == len(parts)-1 || group == "" {
+			then = func(err error) {
+				if err != nil {
+					uc.unsent.Store(true)
+					g.h.in.post(func() { g.notSent(nonce, err) })
+				}
+			}
+		}
+		g.h.down.put(m, then)
+	}
+	g.h.down.put(&wire.Message{Type: wire.TypePing, Nonce: nonce}, nil)
+}
+
+// notSent takes back what could not be committed: nobody was told RESUME. Singles fit
+// one message, because one ADOPTED names at most that many.
+func (g *giving) notSent(nonce uint64, err error) {
+	uc := g.unread[nonce]
+	if uc == nil {
+		return
+	}
+	delete(g.unread, nonce)
+	for _, u := range uc.units {
+		g.takeBack(u, false)
+	}
+	g.h.newLost(err)
+}
+
+// confirmed says that the new process has read a RESUME: its copies here are closed.
+func (g *giving) confirmed(nonce uint64) {
+	uc := g.unread[nonce]
+	if uc == nil {
+		return
+	}
+	delete(g.unread, nonce)
+	g.moved += len(uc.ids)
+	g.gone(uc)
+	g.pump()
+}
+
+// gone closes this process's copies of sessions that are not its own any more.
+func (g *giving) gone(uc *unconfirmed) {
+	for _, part := range wire.BatchRefs(uc.ids) {
+		g.h.local.put(&wire.Message{Type: wire.TypeRelease, Refs: part}, nil)
+	}
+	for _, u := range uc.units {
+		for _, m := range u.members {
+			m.r.unit = nil
+			g.h.forget(m.r)
+		}
+		g.drop(u)
+		g.groupMoved(u.group)
+	}
+}
+
+// loseUnconfirmed gives up sessions that a process which is gone may have begun to
+// serve: going on with them could use a record number twice.
+func (g *giving) loseUnconfirmed(nonce uint64) {
+	uc := g.unread[nonce]
+	delete(g.unread, nonce)
+	g.lost += len(uc.ids)
+	g.h.log.Error("sessions lost: the new process died with them", "sessions", len(uc.ids), "first", uc.ids[0].ID)
+	g.gone(uc)
+}
+
+// resolve decides, after the death of the new process, about RESUMEs that it may have
+// read.
+func (g *giving) resolve() {
+	g.h.down.sever() // what waits is not sent any more
+	<-g.h.down.ended
+	never := map[wire.Ref]bool{}
+	if g.far != nil {
+		_ = g.far.Conn().SetReadDeadline(time.Now().Add(time.Second))
+		for {
+			m, err := g.far.Recv()
+			if err != nil {
+				break
+			}
+			m.CloseSockets()
+			if m.Type == wire.TypeResume {
+				for _, r := range m.Refs {
+					never[r] = true
+				}
+			}
+		}
+	}
+	for nonce, uc := range g.unread {
+		// The last message of a group decides: without it none of its members was begun.
+		if uc.unsent.Load() || never[uc.ids[len(uc.ids)-1]] {
+			delete(g.unread, nonce)
+			for _, u := range uc.units {
+				g.takeBack(u, false)
+			}
+			continue
+		}
+		g.loseUnconfirmed(nonce)
+	}
+}
+
+// refused takes REFUSED of the new process.
+func (g *giving) refused(list []wire.Refused) {
+	for _, f := range list {
+		u, m := g.find(f.Ref, unitOffered)
+		if u == nil {
+			continue
+		}
+		g.h.log.Warn("the new process refused a session, which stays here", "session", f.ID, "error", f.Why)
+		for _, x := range u.members {
+			x.r.refusals++
+		}
+		if u.group != "" { // the others that it took are not its own either
+			var others []wire.Ref
+			for _, x := range u.members {
+				if x != m {
+					others = append(others, wire.Ref{ID: x.r.id, Epoch: x.epoch})
+				}
+			}
+			for _, part := range wire.BatchRefs(others) {
+				g.h.down.put(&wire.Message{Type: wire.TypeAbort, Refs: part}, nil)
+			}
+		}
+		g.takeBack(u, true)
+	}
+	g.pump()
+}
+
+// takeBack ends an attempt before its commit; the session goes on here, and is asked
+// again if that makes sense.
+func (g *giving) takeBack(u *unit, again bool) {
+	for _, part := range wire.BatchRefs(u.refs()) {
+		g.h.local.put(&wire.Message{Type: wire.TypeThaw, Group: u.group, Refs: part}, nil)
+	}
+	for _, m := range u.members {
+		m.r.unit = nil
+		if u.stage == unitFreezing { // later it is the line that wipes it
+			clear(m.item.Cargo.Record)
+		}
+		if again && !g.broken && m.r.refusals < maxRefusals {
+			g.later[m.r.id] = time.Now().Add(retryMove)
+		}
+	}
+	g.drop(u)
+	g.groupStays(u.group)
+}
+
+// drop takes a unit off the books.
+func (g *giving) drop(u *unit) {
+	if _, there := g.units[u]; there {
+		delete(g.units, u)
+		g.inFlight -= len(u.members)
+	}
+}
+
+// thawAll ends every attempt that is not committed.
+func (g *giving) thawAll() {
+	for u := range g.units {
+		if u.stage != unitCommitting {
+			g.takeBack(u, false)
+		}
+	}
+}
+
+// ended takes a session that ended out of its attempt.
+func (u *unit) ended(r *resident) {
+	for i, m := range u.members {
+		if m.r == r {
+			u.members = append(u.members[:i], u.members[i+1:]...)
+			u.g.inFlight--
+			break
+		}
+	}
+	r.unit = nil
+	if u.group == "" || len(u.members) == 0 {
+		u.g.drop(u)
+	} else {
+		u.offerGroup()
+	}
+	u.g.pump()
+}
