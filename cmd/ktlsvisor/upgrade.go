@@ -22,15 +22,22 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/internal/admin"
 )
 
-// defaultWait is what the supervisor, too, takes when it is told nothing.
-const defaultWait = 30 * time.Second
+// What the supervisor, too, takes when it is told nothing.
+const (
+	defaultWait = 30 * time.Second
+	defaultSoak = 30 * time.Second
+)
+
+// upgradeFlags are what the command line says of an upgrade.
+type upgradeFlags struct {
+	supervisor, asJSON, dryRun, abort bool
+	command, canary                   string
+	soak, probation                   time.Duration
+	req                               admin.UpgradeRequest
+}
 
 func (a *app) upgradeCommand() *cobra.Command {
-	var (
-		supervisor, asJSON bool
-		command            string
-		wait               time.Duration
-	)
+	var u upgradeFlags
 	cmd := &cobra.Command{
 		Use:   "upgrade [POOL]",
 		Short: "Replace workers, or the supervisor, and keep every connection",
@@ -38,6 +45,16 @@ func (a *app) upgradeCommand() *cobra.Command {
 every session to it, and end the old one. Blocks until that is done. Any failure
 leaves the old generation serving every session. A session that reaches no safe
 point is asked again until --wait is over, then stays with its old worker.
+
+With --canary a part of the sessions moves first, and gets as large a part of the new
+ones, and is watched for --soak. When a new worker dies, breaks the protocol or says
+that it is not well, when the new generation turns sessions down, or ends more of them
+with an error than the old one, everything goes back to the old generation. With
+--probation the old generation is kept for that long after everything has moved, and
+gets it back when a new worker dies or says that it is not well.
+
+--dry-run says what would happen to the live sessions, and starts nothing. --abort takes
+back what is under way, and ends when it is back.
 
 With --supervisor the ktlsvisor supervisor itself is replaced by the program that
 is now at its path; workers and sessions are not touched.
@@ -47,55 +64,91 @@ Once started, an upgrade goes on even when this command is interrupted.
 ` + exitCodeDoc,
 		Example: `  ktlsvisor upgrade
   ktlsvisor upgrade chat --command ./chat-v2 --wait 1m
+  ktlsvisor upgrade --canary 5 --soak 1m --probation 30s
+  ktlsvisor upgrade --dry-run
+  ktlsvisor upgrade --abort
   ktlsvisor upgrade --supervisor
   ktlsvisor upgrade --json | jq '.pools[].moved'`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := u.check(cmd, args); err != nil {
+				return err
+			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
-			if supervisor {
-				if len(args) > 0 || command != "" || cmd.Flags().Changed("wait") {
-					return usagef("--supervisor goes with neither a pool nor --command nor --wait")
-				}
-				return a.upgradeSupervisor(ctx, asJSON)
+			switch {
+			case u.supervisor:
+				return a.upgradeSupervisor(ctx, u.asJSON)
+			case u.abort:
+				return a.abort(ctx, u.req.Pool, u.asJSON)
+			case u.dryRun:
+				return a.plan(ctx, u.req, u.command, u.asJSON)
 			}
-			if wait <= 0 {
-				return usagef("--wait %s is not positive: say how long to ask sessions again, or leave it out for %s", wait, defaultWait)
-			}
-			req := admin.UpgradeRequest{Wait: wait}
-			if len(args) > 0 {
-				req.Pool = args[0]
-				if req.Pool == "" {
-					return usagef("the pool's name is empty")
-				}
-			}
-			return a.upgradePools(ctx, req, command, asJSON)
+			return a.upgradePools(ctx, u.req, u.command, u.asJSON)
 		},
 	}
 	f := cmd.Flags()
-	f.BoolVar(&supervisor, "supervisor", false, "replace the supervisor instead of workers")
-	f.StringVar(&command, "command", "", "the pool's new program, from now on; its arguments stay")
-	f.DurationVar(&wait, "wait", defaultWait, "how long to ask sessions that reach no safe point; more than 0")
-	f.BoolVar(&asJSON, "json", false, "answer in JSON")
+	f.BoolVar(&u.supervisor, "supervisor", false, "replace the supervisor instead of workers")
+	f.StringVar(&u.command, "command", "", "the pool's new program, from now on; its arguments stay")
+	f.DurationVar(&u.req.Wait, "wait", defaultWait, "how long to ask sessions that reach no safe point; more than 0")
+	f.StringVar(&u.canary, "canary", "", "move this part of the sessions first, in percent, and watch it")
+	f.DurationVar(&u.soak, "soak", defaultSoak, "how long to watch the canary")
+	f.DurationVar(&u.probation, "probation", 0, "how long to keep the old generation after everything has moved (default the pool's own)")
+	f.BoolVar(&u.req.NoReturn, "no-return", false, "allow a canary or a probation although the old program cannot restore the new one's state")
+	f.BoolVar(&u.req.Queue, "queue", false, "wait for what is under way, instead of being refused")
+	f.BoolVar(&u.dryRun, "dry-run", false, "say what would happen, and start nothing")
+	f.BoolVar(&u.abort, "abort", false, "take back what is under way")
+	f.BoolVar(&u.asJSON, "json", false, "answer in JSON")
 	return cmd
+}
+
+// check finds what does not go together, and completes the request.
+func (u *upgradeFlags) check(cmd *cobra.Command, args []string) error {
+	given := func(names ...string) bool { return slices.ContainsFunc(names, cmd.Flags().Changed) }
+	options := []string{"command", "wait", "canary", "soak", "probation", "no-return", "queue", "dry-run"}
+	switch {
+	case u.supervisor && (len(args) > 0 || u.abort || given(options...)):
+		return usagef("--supervisor goes with neither a pool nor any option but --json")
+	case u.abort && given(options...):
+		return usagef("--abort goes with no option but --json")
+	case u.req.Wait <= 0:
+		return usagef("--wait %s is not positive: say how long to ask sessions again, or leave it out for %s", u.req.Wait, defaultWait)
+	case given("soak") && !given("canary"):
+		return usagef("--soak is how long a canary is watched: say how large it is with --canary")
+	case given("soak") && u.soak <= 0:
+		return usagef("--soak %s is not positive", u.soak)
+	case u.probation < 0:
+		return usagef("--probation %s is negative", u.probation)
+	}
+	if given("canary") {
+		pct, err := strconv.ParseFloat(strings.TrimSuffix(u.canary, "%"), 64)
+		if err != nil || !(pct > 0 && pct < 100) {
+			return usagef("--canary %q is no part of the sessions in percent: more than 0, less than 100", u.canary)
+		}
+		u.req.Canary, u.req.Soak = pct, u.soak
+	}
+	if given("probation") {
+		u.req.Probation = &u.probation
+	}
+	if len(args) > 0 {
+		if u.req.Pool = args[0]; u.req.Pool == "" {
+			return usagef("the pool's name is empty")
+		}
+	}
+	return nil
 }
 
 func (a *app) upgradePools(ctx context.Context, req admin.UpgradeRequest, command string, asJSON bool) error {
 	c := a.client()
 	before, err := c.Status(ctx)
-	if err != nil {
-		return a.upgradeFailed(err, asJSON, exitFailed)
+	if err == nil {
+		err = completeCommand(&req, command, before)
 	}
-	if command != "" {
-		if req.Pool == "" {
-			if len(before.Pools) != 1 {
-				return usagef("--command needs the name of its pool: %s", poolNames(before))
-			}
-			req.Pool = before.Pools[0].Name
-		}
-		if req.Command, err = executable(command); err != nil {
-			return a.upgradeFailed(err, asJSON, exitFailed)
-		}
+	var coded *codedError
+	if errors.As(err, &coded) {
+		return err
+	} else if err != nil {
+		return a.upgradeFailed(err, asJSON, exitFailed)
 	}
 	p := newProgress(a.err)
 	rep, err := c.Upgrade(ctx, req, p.show)
@@ -104,6 +157,22 @@ func (a *app) upgradePools(ctx context.Context, req admin.UpgradeRequest, comman
 		return a.upgradeFailed(err, asJSON, a.codeOfFailure(ctx, err, before))
 	}
 	return answer(a, asJSON, rep, printUpgrade, rep.Outcome)
+}
+
+// completeCommand puts the new program into a request, for the pool that there is when
+// none is named.
+func completeCommand(req *admin.UpgradeRequest, command string, st *admin.Status) (err error) {
+	if command == "" {
+		return nil
+	}
+	if req.Pool == "" {
+		if len(st.Pools) != 1 {
+			return usagef("--command needs the name of its pool: %s", poolNames(st))
+		}
+		req.Pool = st.Pools[0].Name
+	}
+	req.Command, err = executable(command)
+	return err
 }
 
 // upgradeFailed reports an upgrade that has no report of its own.
@@ -157,11 +226,17 @@ func executable(command string) (string, error) {
 }
 
 func printUpgrade(w io.Writer, rep *admin.UpgradeReport) {
-	rows := [][]string{{"POOL", "GENERATION", "MOVED", "STAYED", "RETURNED", "INTERRUPTED", "LOST", "ENDED", "STALL p50/p99/max", "OLD WORKERS", "NEW WORKERS"}}
+	printUpgradeTable(w, rep)
+	fmt.Fprintf(w, "%s (%.2f s)\n", outcomeText(rep.Outcome), rep.DurationSecs)
+}
+
+// printUpgradeTable prints all of a report but its last line.
+func printUpgradeTable(w io.Writer, rep *admin.UpgradeReport) {
+	rows := [][]string{{"POOL", "GENERATION", "MOVED", "STAYED", "RETURNED", "DRAINED", "INTERRUPTED", "LOST", "ENDED", "STALL p50/p99/max", "OLD WORKERS", "NEW WORKERS"}}
 	for _, p := range rep.Pools {
 		rows = append(rows, []string{
 			p.Pool, fmt.Sprintf("%d -> %d", p.From, p.To),
-			strconv.Itoa(p.Moved), strconv.Itoa(p.Stayed), strconv.Itoa(p.Returned), strconv.Itoa(p.Interrupted), strconv.Itoa(p.Lost), strconv.Itoa(p.Closed),
+			strconv.Itoa(p.Moved), strconv.Itoa(p.Stayed), strconv.Itoa(p.Returned), strconv.Itoa(p.Drained), strconv.Itoa(p.Interrupted), strconv.Itoa(p.Lost), strconv.Itoa(p.Closed),
 			fmt.Sprintf("%.1f/%.1f/%.1f ms", p.StallP50, p.StallP99, p.StallMax),
 			pids(p.OldPIDs), pids(p.NewPIDs),
 		})
@@ -175,6 +250,9 @@ func printUpgrade(w io.Writer, rep *admin.UpgradeReport) {
 			said = said || p.Error == rep.Error
 			fmt.Fprintf(w, "pool %s: %s\n", clean(p.Pool), clean(p.Error))
 		}
+		if p.OneWay != "" && !strings.Contains(p.Error, p.OneWay) {
+			fmt.Fprintf(w, "pool %s: %s\n", clean(p.Pool), clean(p.OneWay))
+		}
 		for _, r := range byCount(p.Reasons) {
 			fmt.Fprintf(w, "pool %s: %d × %s\n", clean(p.Pool), p.Reasons[r], clean(r))
 		}
@@ -182,7 +260,6 @@ func printUpgrade(w io.Writer, rep *admin.UpgradeReport) {
 	if rep.Error != "" && !said {
 		fmt.Fprintln(w, clean(rep.Error))
 	}
-	fmt.Fprintf(w, "%s (%.2f s)\n", outcomeText(rep.Outcome), rep.DurationSecs)
 }
 
 // byCount lists reasons, the most frequent first.

@@ -30,6 +30,7 @@ func TestMain(m *testing.M) {
 
 // fakeBackend answers what a test put into it.
 type fakeBackend struct {
+	operations
 	status   func() (*Status, error)
 	sessions []Session
 	upgrade  func(context.Context, UpgradeRequest, func(Progress)) (*UpgradeReport, error)

@@ -31,6 +31,7 @@ var (
 // itself when Pool is empty) is running. It is an ErrBusy.
 type BusyError struct {
 	Pool  string
+	What  string // scale, drain, rebalance; empty: an upgrade
 	Since time.Time
 }
 
@@ -39,10 +40,14 @@ func (e *BusyError) Error() string {
 	if e.Pool != "" {
 		what = "pool " + e.Pool
 	}
-	if e.Since.IsZero() {
-		return "an upgrade of " + what + " is running"
+	op := "an upgrade"
+	if e.What != "" && e.What != "upgrade" {
+		op = "a " + e.What
 	}
-	return fmt.Sprintf("an upgrade of %s is running since %s (%s ago)", what,
+	if e.Since.IsZero() {
+		return op + " of " + what + " is running"
+	}
+	return fmt.Sprintf("%s of %s is running since %s (%s ago)", op, what,
 		e.Since.Format(time.TimeOnly), time.Since(e.Since).Round(100*time.Millisecond))
 }
 

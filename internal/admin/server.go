@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -114,6 +113,7 @@ func (s *server) handler() http.Handler {
 			return s.backend.Upgrade(ctx, req, progress)
 		})
 	})
+	s.handleOperations(mux)
 	mux.HandleFunc("POST /v1/upgrade-supervisor", func(w http.ResponseWriter, r *http.Request) {
 		if !s.decode(w, r, &struct{}{}) {
 			return
@@ -152,16 +152,6 @@ func (s *server) handler() http.Handler {
 		s.write(w, http.StatusNotFound, line{Error: &errorBody{codeNotFound, fmt.Sprintf("no such request: %.20q %.80q", r.Method, r.URL.Path)}})
 	})
 	return mux
-}
-
-func (r *UpgradeRequest) check() error {
-	switch {
-	case r.Wait < 0:
-		return fmt.Errorf("wait %s is negative: %w", r.Wait, ErrBadRequest)
-	case r.Command != "" && !filepath.IsAbs(r.Command):
-		return fmt.Errorf("command %q is not an absolute path: %w", r.Command, ErrBadRequest)
-	}
-	return nil
 }
 
 // decode reads the request's body, JSON or nothing, and answers itself when it is

@@ -51,6 +51,8 @@ type PoolStatus struct {
 	Generation uint32         `json:"generation"`
 	Command    []string       `json:"command"`
 	Upgrading  bool           `json:"upgrading,omitempty"`
+	Operation  string         `json:"operation,omitempty"` // what is under way, for people
+	Wanted     int            `json:"wanted_workers"`
 	Workers    []WorkerStatus `json:"workers"`
 }
 
@@ -120,6 +122,18 @@ type UpgradeRequest struct {
 	Pool    string        `json:"pool,omitempty"`
 	Command string        `json:"command,omitempty"` // new program for the pool, absolute path
 	Wait    time.Duration `json:"wait,omitempty"`    // how long to ask sessions at no safe point again; 0: 30 s
+	// Canary is the part of the sessions, in percent, that moves first and is watched
+	// for Soak (0: 30 s). 0: everything moves at once. Up to 99.
+	Canary float64       `json:"canary,omitempty"`
+	Soak   time.Duration `json:"soak,omitempty"`
+	// Probation is how long the old generation is kept after everything has moved; nil
+	// is the pool's own.
+	Probation *time.Duration `json:"probation,omitempty"`
+	// NoReturn allows a canary or a probation although the old program cannot restore
+	// what the new one writes.
+	NoReturn bool `json:"no_return,omitempty"`
+	// Queue waits for the operation that is under way, instead of being refused.
+	Queue bool `json:"queue,omitempty"`
 }
 
 // Outcome is the result of an upgrade or of a change of keys; its value is the command's exit code.
@@ -151,13 +165,16 @@ type PoolReport struct {
 	Returned    int            `json:"returned"`
 	Interrupted int            `json:"interrupted"`
 	Lost        int            `json:"lost"`
-	Closed      int            `json:"closed"` // ended by their peer or owner meanwhile
+	Closed      int            `json:"closed"`  // ended by their peer or owner while they moved
+	Drained     int            `json:"drained"` // could not move, and ended by themselves where they were
 	Reasons     map[string]int `json:"reasons,omitempty"`
 	StallP50    float64        `json:"stall_p50_ms"` // FREEZE sent to RESUME sent, per session
 	StallP99    float64        `json:"stall_p99_ms"`
 	StallMax    float64        `json:"stall_max_ms"`
 	OldPIDs     []int          `json:"old_pids"`
 	NewPIDs     []int          `json:"new_pids"`
+	Aborted     bool           `json:"aborted,omitempty"`
+	OneWay      string         `json:"one_way,omitempty"` // why there is no way back to the old generation
 	Error       string         `json:"error,omitempty"`
 }
 
@@ -207,6 +224,15 @@ type Backend interface {
 	// Upgrade blocks until done. It reports a refusal in the report, not as an
 	// error; an error means that nothing was started (for example ErrBusy).
 	Upgrade(ctx context.Context, r UpgradeRequest, progress func(Progress)) (*UpgradeReport, error)
+	// Plan says what an upgrade would do, and starts nothing.
+	Plan(ctx context.Context, r UpgradeRequest) (*UpgradePlan, error)
+	// Abort takes back what is under way in a pool, or in all, and blocks until that is
+	// done. An error means that nothing was under way.
+	Abort(ctx context.Context, r AbortRequest, progress func(Progress)) (*UpgradeReport, error)
+	// Scale, Drain and Rebalance block until done, as Upgrade.
+	Scale(ctx context.Context, r ScaleRequest, progress func(Progress)) (*TaskReport, error)
+	Drain(ctx context.Context, r DrainRequest, progress func(Progress)) (*TaskReport, error)
+	Rebalance(ctx context.Context, r RebalanceRequest, progress func(Progress)) (*TaskReport, error)
 	// UpgradeSupervisor replaces the supervisor itself; this process exits soon
 	// after the answer has been sent.
 	UpgradeSupervisor(ctx context.Context, progress func(Progress)) (*SupervisorReport, error)

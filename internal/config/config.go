@@ -98,11 +98,12 @@ type Pool struct {
 	ReadyTimeout  Duration          `json:"ready_timeout"`
 	FreezeTimeout Duration          `json:"freeze_timeout"`
 	StopTimeout   Duration          `json:"stop_timeout"`
-	Heartbeat     Duration          `json:"heartbeat"`        // how often a worker is asked whether it is there; 0: never
-	HangTimeout   Duration          `json:"hang_timeout"`     // one that does not answer for so long is killed
-	NoFile        uint64            `json:"nofile,omitempty"` // NOFILE limit of a worker; 0 keeps the supervisor's
-	Env           map[string]string `json:"env,omitempty"`    // added to the supervisor's environment
-	Dir           string            `json:"dir,omitempty"`    // working directory; empty keeps the supervisor's
+	Heartbeat     Duration          `json:"heartbeat"`           // how often a worker is asked whether it is there; 0: never
+	HangTimeout   Duration          `json:"hang_timeout"`        // one that does not answer for so long is killed
+	Probation     Duration          `json:"probation,omitempty"` // how long an upgrade keeps the old generation; 0 does not
+	NoFile        uint64            `json:"nofile,omitempty"`    // NOFILE limit of a worker; 0 keeps the supervisor's
+	Env           map[string]string `json:"env,omitempty"`       // added to the supervisor's environment
+	Dir           string            `json:"dir,omitempty"`       // working directory; empty keeps the supervisor's
 }
 
 // Duration is a time.Duration that is written as text, "10s" or "1m30s".

@@ -72,6 +72,7 @@ func (r *reader) config(c *Config, tree map[string]any) {
 					"stop_timeout":   r.duration(&p.StopTimeout),
 					"heartbeat":      r.duration(&p.Heartbeat),
 					"hang_timeout":   r.duration(&p.HangTimeout),
+					"probation":      r.duration(&p.Probation),
 					"nofile":         r.limit(&p.NoFile),
 					"env":            r.textMap(&p.Env),
 					"dir":            r.text(&p.Dir),

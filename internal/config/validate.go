@@ -100,6 +100,9 @@ func (c *Config) validatePool(p *problems, pool *Pool, key string) {
 		p.add(key+".hang_timeout", fmt.Sprintf("give a duration from %s to %s, or leave it out for %s", Duration(minHangTimeout), Duration(maxDuration), DefaultHangTimeout),
 			"%s is not possible: a worker that is only slow would be killed", pool.HangTimeout)
 	}
+	if pool.Probation != 0 { // 0 is none
+		c.duration(p, key+".probation", pool.Probation)
+	}
 	if pool.NoFile != 0 && pool.NoFile < minNoFile {
 		p.add(key+".nofile", fmt.Sprintf("give at least %d, and one for every session besides; or leave it out", minNoFile),
 			"a worker cannot run with %d descriptors", pool.NoFile)

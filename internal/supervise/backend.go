@@ -3,7 +3,6 @@ package supervise
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -95,40 +94,21 @@ func (b *backend) Upgrade(ctx context.Context, r admin.UpgradeRequest, progress 
 
 func (b *backend) upgradePool(name string, r admin.UpgradeRequest, progress func(admin.Progress)) (*admin.PoolReport, error) {
 	s := b.s
-	done := make(chan *admin.PoolReport, 1)
-	words := newWords(progress)
-	defer words.close()
-	var err error
-	if !s.call(func() {
-		p := s.pools[name]
-		switch {
-		case p.op != nil:
-			err = &admin.BusyError{Pool: name, Since: p.op.began}
-		case s.quiescing:
-			err = &admin.BusyError{Since: s.now()}
-		case s.recovery != nil || s.stopping:
-			err = errors.New("the supervisor is starting or stopping; try again in a moment")
-		default:
-			command := append([]string(nil), p.command...)
-			if r.Command != "" {
-				if command[0], err = resolve(r.Command); err != nil {
-					return
-				}
+	op, err := b.operate(name, r.Queue, progress, func(p *pool, say func(admin.Progress), finished func(*operation)) error {
+		command := append([]string(nil), p.command...)
+		if r.Command != "" {
+			var err error
+			if command[0], err = resolve(r.Command); err != nil {
+				return err
 			}
-			s.beginUpgrade(p, command, r.Wait, words.say, func(pr *admin.PoolReport) { done <- pr })
 		}
-	}) {
-		return nil, errEnding
-	}
+		s.beginUpgrade(p, command, r.Wait, optionsOf(p, &r), say, finished)
+		return nil
+	})
 	if err != nil {
 		return nil, err
 	}
-	select {
-	case pr := <-done:
-		return pr, nil
-	case <-s.done:
-		return nil, errEnding
-	}
+	return &op.report, nil
 }
 
 // resolve checks a program's path before anything is started.
@@ -202,7 +182,7 @@ func (b *backend) UpgradeSupervisor(ctx context.Context, progress func(admin.Pro
 	s.call(func() {
 		for _, p := range s.pools {
 			if p.op != nil {
-				busy = &admin.BusyError{Pool: p.name, Since: p.op.began}
+				busy = p.op.busy()
 			}
 		}
 	})
@@ -309,7 +289,11 @@ func (s *Supervisor) status() *admin.Status {
 	}
 	for _, c := range s.cfg.Pools {
 		p := s.pools[c.Name]
-		ps := admin.PoolStatus{Name: p.name, Generation: p.serving, Command: p.command, Upgrading: p.op != nil, Workers: []admin.WorkerStatus{}}
+		ps := admin.PoolStatus{Name: p.name, Generation: p.serving, Command: p.command, Upgrading: p.op != nil && p.op.kind == opUpgrade,
+			Wanted: p.cfg.Workers, Workers: []admin.WorkerStatus{}}
+		if p.op != nil {
+			ps.Operation = p.op.describe(s.now())
+		}
 		for _, w := range sortedWorkers(p.workers) {
 			ws := admin.WorkerStatus{PID: w.pid, Generation: w.gen, State: w.state.String(), Sessions: len(w.sessions)}
 			ws.Unhealthy, _ = w.unhealthy()

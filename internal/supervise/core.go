@@ -159,7 +159,7 @@ func (s *Supervisor) pump() {
 		s.payUpdates()
 	}
 	for _, p := range s.pools {
-		s.stepUpgrade(p)
+		s.stepOperation(p)
 	}
 	if len(s.idle) > 0 && s.isIdle() {
 		s.holding = s.quiescing
@@ -298,8 +298,8 @@ func (s *Supervisor) onClosed(w *worker, m *wire.Message) error {
 		}
 		s.led.countClosed(c.Reason)
 		s.logEnd(ss, w, c)
-		if ss.attempt != nil && ss.pool.op != nil {
-			ss.pool.op.report.Closed++
+		if op := ss.pool.op; op != nil {
+			op.ended(ss, w, c.Reason)
 		}
 		if c.Reason == wire.ReasonOperator || c.Reason == wire.ReasonLayer || c.Reason == wire.ReasonHandler {
 			s.retain.shutdown(c.ID) // in case it did not get so far itself

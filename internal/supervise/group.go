@@ -26,6 +26,7 @@ type groupKey struct {
 type groupMove struct {
 	g         *group
 	from, to  *worker
+	dest      *worker // wanted target; nil: least loaded
 	members   map[uint64]*attempt
 	blob      []byte
 	hasBlob   bool
@@ -265,7 +266,7 @@ func (s *Supervisor) groupProgress(gm *groupMove) {
 }
 
 func (s *Supervisor) offerGroup(gm *groupMove) {
-	to := gm.g.key.pool.target()
+	to := gm.target()
 	if to == nil || to == gm.from {
 		s.abortGroup(gm, "no worker can take the group")
 		return
@@ -324,6 +325,7 @@ func (s *Supervisor) abortGroup(gm *groupMove, why string) {
 	clear(gm.members)
 	retry := s.now().Add(retryAfter)
 	for _, a := range members {
+		gm.g.key.pool.stayed(a, why, s.now())
 		a.gm = nil
 		a.s.retryAt = retry
 		s.dropAttempt(a)

@@ -259,6 +259,9 @@ func (s *Supervisor) restorePools(meta []byte) error {
 		for _, r := range st.Pools {
 			if r.Name == c.Name {
 				p.command, p.serving, p.newest = r.Command, r.Serving, r.Newest
+				if r.Workers > 0 {
+					p.cfg.Workers = r.Workers
+				}
 			}
 		}
 		s.pools[c.Name] = p
@@ -285,6 +288,7 @@ func (s *Supervisor) readyChanged() {
 // beginServing runs in the ledger's goroutine when everything is there.
 func (s *Supervisor) beginServing(p *process) {
 	for _, pl := range s.pools {
+		s.dropSurplus(pl)
 		s.fill(pl)
 	}
 	s.front.start()

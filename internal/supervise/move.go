@@ -255,6 +255,7 @@ func (s *Supervisor) commit(a *attempt) {
 			s.led.count(cntReturned, 1)
 		}
 	}
+	delete(ss.pool.stays, ss.id)
 	ss.owner, ss.epoch, ss.refusals, ss.flags, ss.refusedBy = a.to, a.epoch, 0, 0, nil
 	a.to.sessions[ss.id] = ss
 	if !ss.software {
@@ -323,12 +324,7 @@ func (s *Supervisor) refuse(a *attempt, why string) {
 // to the owner.
 func (s *Supervisor) giveUp(a *attempt, why string) {
 	ss := a.s
-	if op := ss.pool.op; op != nil {
-		op.reason(why)
-		if a.to != nil && a.to.gen == op.to {
-			op.trouble = why
-		}
-	}
+	ss.pool.stayed(a, why, s.now())
 	if a.to != nil && a.step == stepAdopting {
 		s.sendRefs(a.to, wire.TypeAbort, []wire.Ref{{ID: ss.id, Epoch: a.epoch}})
 		ss.refusedBy = append(ss.refusedBy, a.to.id)

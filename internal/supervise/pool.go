@@ -26,7 +26,13 @@ type pool struct {
 	starting int                 // processes being started
 	rr       int
 
-	op *upgrade
+	op    *operation
+	queue []*queued          // operations that wait for op to end
+	ended []func(*operation) // called at the end of op
+	stays map[uint64]stay    // sessions that could not move when they were last asked
+
+	rate      float64       // sessions moved in a second, in the last operation that moved many
+	startTook time.Duration // of the worker that got ready last
 
 	failures  int       // starts that failed in a row
 	restartAt time.Time // when the next worker may be started; zero: nothing is missing
@@ -46,6 +52,7 @@ type poolRecord struct {
 	Serving   uint32   `json:"serving"`
 	Newest    uint32   `json:"newest"`
 	Upgrading uint32   `json:"upgrading,omitempty"` // generation being moved to
+	Workers   int      `json:"workers,omitempty"`   // as scaled; 0: as configured
 }
 
 var poolsKey = keeper.Key{Kind: keeper.KindBlob, Name: "pools"}
@@ -58,6 +65,9 @@ func (s *Supervisor) savePools() {
 		r := poolRecord{Name: p.name, Command: p.command, Serving: p.serving, Newest: p.newest}
 		if p.op != nil {
 			r.Upgrading = p.op.to
+		}
+		if p.cfg.Workers != c.Workers {
+			r.Workers = p.cfg.Workers
 		}
 		st.Pools = append(st.Pools, r)
 	}
@@ -73,42 +83,61 @@ func (s *Supervisor) savePools() {
 	})
 }
 
-// target picks the worker that gets the next session, or nil.
-func (p *pool) target() *worker {
-	var best *worker
-	var ready []*worker
+// takes says whether sessions can be given to a worker of generation gen now.
+func (p *pool) takes(w *worker, gen uint32) bool {
+	return w.gen == gen && w.state == workerReady && w.usable() && !w.deaf
+}
+
+// least is the worker of a generation with the fewest sessions, but for those named,
+// or nil.
+func (p *pool) least(gen uint32, but []uint64) (best *worker) {
 	for _, w := range sortedWorkers(p.workers) {
-		if w.gen != p.serving || w.state != workerReady || !w.usable() || w.deaf {
-			continue
-		}
-		ready = append(ready, w)
-		if best == nil || w.load() < best.load() {
+		if p.takes(w, gen) && !slices.Contains(but, w.id) && (best == nil || w.load() < best.load()) {
 			best = w
 		}
-	}
-	if p.cfg.Dispatch == "round-robin" && len(ready) > 0 {
-		p.rr++
-		return ready[p.rr%len(ready)]
 	}
 	return best
 }
 
-// targetFor is target, but of another worker than those that could not take ss, as
-// long as there is one.
-func (p *pool) targetFor(ss *session) *worker {
-	var best *worker
+// target picks the worker that gets the next session, or nil.
+func (p *pool) target() *worker { return p.targetIn(p.serving) }
+
+func (p *pool) targetIn(gen uint32) *worker {
+	if p.cfg.Dispatch != "round-robin" {
+		return p.least(gen, nil)
+	}
+	var ready []*worker
 	for _, w := range sortedWorkers(p.workers) {
-		if w.gen == p.serving && w.state == workerReady && w.usable() && !w.deaf && !slices.Contains(ss.refusedBy, w.id) &&
-			(best == nil || w.load() < best.load()) {
-			best = w
+		if p.takes(w, gen) {
+			ready = append(ready, w)
 		}
 	}
-	if best == nil || len(ss.refusedBy) == 0 {
-		ss.refusedBy = nil
-		return p.target()
+	if len(ready) == 0 {
+		return nil
 	}
-	return best
+	p.rr++
+	return ready[p.rr%len(ready)]
 }
+
+// targetFor is target, but of another worker than those that could not take ss, as
+// long as there is one. While there is a canary it gets its share of new sessions.
+func (p *pool) targetFor(ss *session) *worker {
+	if len(ss.refusedBy) > 0 {
+		if w := p.least(p.serving, ss.refusedBy); w != nil {
+			return w
+		}
+		ss.refusedBy = nil
+	}
+	if p.canarying() && ss.isNew() && p.op.share.next() {
+		if w := p.targetIn(p.op.to); w != nil {
+			return w
+		}
+	}
+	return p.target()
+}
+
+// isNew says whether a session has had no owner yet.
+func (ss *session) isNew() bool { return ss.owner == nil && ss.moves == 0 && ss.flags == 0 }
 
 func (p *pool) count(gen uint32, states ...workerState) (n int) {
 	for _, w := range p.workers {
@@ -165,6 +194,7 @@ func (s *Supervisor) onReady(w *worker) error {
 		w.early = true // it did not wait for WELCOME; we do
 		return nil
 	}
+	w.pool.startTook = s.now().Sub(w.deadline.Add(-time.Duration(w.pool.cfg.ReadyTimeout)))
 	w.state, w.deadline, w.readyAt = workerReady, time.Time{}, s.now()
 	s.log.Info("worker ready", "pool", w.pool.name, "pid", w.pid, "generation", w.gen)
 	if err := s.keepChannel(w); err != nil {
@@ -188,10 +218,10 @@ func (s *Supervisor) keepChannel(w *worker) error {
 
 // fill starts what is missing of the serving generation.
 func (s *Supervisor) fill(p *pool) {
-	if s.stopping || s.quiescing || p.op != nil {
+	if s.stopping || s.quiescing || p.op != nil && !p.op.fills() {
 		return
 	}
-	missing := p.cfg.Workers - p.count(p.serving, workerStarting, workerReady) - p.starting
+	missing := p.wanted() - p.count(p.serving, workerStarting, workerReady) - p.starting
 	for ; missing > 0; missing-- {
 		s.spawn(p, p.serving, p.command, func(w *worker, err error) {
 			if err != nil {
@@ -205,6 +235,9 @@ func (s *Supervisor) fill(p *pool) {
 // started, or ended before it was ready.
 func (s *Supervisor) startFailed(p *pool, err error) {
 	p.failures++
+	if op := p.op; op != nil && op.kind != opUpgrade && op.phase == opStarting {
+		s.failTask(op, err)
+	}
 	args := []any{"pool", p.name, "failures", p.failures, "error", err}
 	if errors.Is(err, os.ErrPermission) || errors.Is(err, os.ErrNotExist) {
 		args = append(args, "hint", "is the program there, executable and for this architecture?")
@@ -238,7 +271,7 @@ func (s *Supervisor) replaceLater(p *pool) {
 }
 
 func (s *Supervisor) restartDue(p *pool, now time.Time) {
-	if p.restartAt.IsZero() || now.Before(p.restartAt) || s.recovery != nil || p.op != nil || s.quiescing {
+	if p.restartAt.IsZero() || now.Before(p.restartAt) || s.recovery != nil || p.op != nil && !p.op.fills() || s.quiescing {
 		return
 	}
 	p.restartAt = time.Time{}
@@ -277,9 +310,11 @@ func (s *Supervisor) workerDied(w *worker) {
 	}
 	p := w.pool
 	s.checkAllDead()
-	if op := p.op; op != nil {
-		s.upgradeWorkerDied(p, op, w, was)
-		return
+	if op := p.op; op != nil && op.kind == opUpgrade {
+		s.upgradeWorkerDied(op, w, was)
+		if !op.fills() || w.gen != p.serving {
+			return
+		}
 	}
 	if w.gen == p.serving && !expected && !s.stopping {
 		if was == workerStarting {

@@ -116,6 +116,7 @@ func (s *Supervisor) end(ss *session) {
 	delete(s.owing, ss.id)
 	delete(s.sessions, ss.id)
 	delete(ss.pool.parked, ss.id)
+	delete(ss.pool.stays, ss.id)
 	s.retain.delete(ss.key())
 	if f, err := s.led.facts(ss.slot); err == nil && f.Overflow {
 		s.retain.delete(ss.overflowKey())

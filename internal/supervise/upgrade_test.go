@@ -13,10 +13,10 @@ func (u *unit) upgrading(phase opPhase, workers int) <-chan *admin.PoolReport {
 	ch := make(chan *admin.PoolReport, 1)
 	u.s.call(func() {
 		u.pool.cfg.Workers = workers
-		op := &upgrade{pool: u.pool, from: 1, to: 2, command: []string{"/nonexistent"}, oldCommand: []string{"/nonexistent"}, phase: phase,
-			began: u.s.now(), deadline: u.s.now().Add(patience), finished: func(r *admin.PoolReport) {
+		op := &operation{kind: opUpgrade, pool: u.pool, from: 1, to: 2, command: []string{"/nonexistent"}, oldCommand: []string{"/nonexistent"}, phase: phase,
+			began: u.s.now(), wait: patience, deadline: u.s.now().Add(patience), finished: func(op *operation) {
 				u.pool.cfg.Workers = 0
-				ch <- r
+				ch <- &op.report
 			}}
 		u.pool.newest, u.pool.op = 2, op
 	})

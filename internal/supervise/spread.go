@@ -1,0 +1,139 @@
+package supervise
+
+// heading is where an attempt is going, as far as that is known.
+func (a *attempt) heading() *worker {
+	switch {
+	case a.to != nil:
+		return a.to
+	case a.gm != nil:
+		return a.gm.dest
+	}
+	return a.dest
+}
+
+// target is the worker that a group goes to.
+func (gm *groupMove) target() *worker {
+	p := gm.g.key.pool
+	if w := gm.dest; w != nil && p.takes(w, w.gen) {
+		return w
+	}
+	return p.target()
+}
+
+// shift freezes up to n sessions of one worker on their way to another, groups
+// whole; fits says whether a group of size members may go when done sessions have
+// been asked. It returns how many have been asked.
+func (s *Supervisor) shift(from, to *worker, n int, fits func(size, done int) bool) (done int) {
+	now, room := s.now(), window
+	for _, ss := range from.sessions {
+		if ss.attempt != nil {
+			room--
+		}
+	}
+	var list []*session
+	for _, ss := range from.sessions {
+		if done >= n || room <= 0 {
+			break
+		}
+		if ss.attempt != nil || now.Before(ss.retryAt) {
+			continue
+		}
+		g := s.groupOf(ss)
+		if g == nil {
+			list = append(list, ss)
+			done++
+			room--
+			continue
+		}
+		if !fits(len(g.members), done) {
+			continue
+		}
+		if k := s.freezeGroup(g); k > 0 {
+			g.move.dest = to
+			done += k
+			room -= k
+		}
+	}
+	if len(list) > 0 {
+		s.freeze(from, list, to)
+	}
+	return done
+}
+
+// even is how far apart two workers may be: one session, or 5 percent of the mean.
+func even(mean int) int { return max(1, mean/20) }
+
+// loads counts for each worker that takes sessions those that it will have when all
+// that is under way has arrived.
+func (s *Supervisor) loads(p *pool) (loads map[*worker]int, underway int) {
+	loads = map[*worker]int{}
+	for _, w := range p.workers {
+		if p.takes(w, p.serving) {
+			loads[w] = len(w.sessions)
+		}
+	}
+	for a := range s.attempts {
+		if a.s.pool != p {
+			continue
+		}
+		to := a.heading()
+		if _, ok := loads[a.from]; ok && to != nil {
+			loads[a.from]--
+		}
+		if _, ok := loads[to]; ok {
+			loads[to]++
+		}
+		underway++
+	}
+	return loads, underway
+}
+
+// spread moves sessions from the workers that have most to those that have fewest.
+// What is asked to move at any time makes the difference smaller, so it comes to an
+// end. It returns false when nothing is left to do: the workers are even, or what
+// could move are groups too large to help.
+func (s *Supervisor) spread(p *pool) bool {
+	loads, underway := s.loads(p)
+	if len(loads) < 2 {
+		return underway > 0
+	}
+	total := 0
+	for _, n := range loads {
+		total += n
+	}
+	now, later := s.now(), false
+	stuck := map[*worker]bool{} // they have nothing that could move now
+	for {
+		var most, fewest *worker
+		for _, w := range sortedWorkers(p.workers) {
+			n, ok := loads[w]
+			if !ok {
+				continue
+			}
+			if !stuck[w] && (most == nil || n > loads[most]) {
+				most = w
+			}
+			if fewest == nil || n < loads[fewest] {
+				fewest = w
+			}
+		}
+		if most == nil || most == fewest || loads[most]-loads[fewest] <= even(total/len(loads)) {
+			return underway > 0 || later
+		}
+		diff := loads[most] - loads[fewest]
+		n := s.shift(most, fewest, diff/2, func(size, done int) bool { return size < diff-2*done })
+		if n == 0 {
+			stuck[most] = true
+			for _, ss := range most.sessions {
+				if ss.attempt == nil && now.Before(ss.retryAt) {
+					later = true
+					break
+				}
+			}
+			continue
+		}
+		loads[most] -= n
+		loads[fewest] += n
+		underway += n
+	}
+}
