@@ -35,6 +35,9 @@ var (
 // newSocket takes ownership of fd, which must be non-blocking.
 func newSocket(fd int) *socket { return &socket{fd: fd} }
 
+// IsTCP tells ktls what package wire has seen already.
+func (s *socket) IsTCP() bool { return true }
+
 // SyscallConn returns s itself: it is its own RawConn.
 func (s *socket) SyscallConn() (syscall.RawConn, error) { return s, nil }
 

@@ -476,14 +476,18 @@ func (c *Conn) deadline(set func(time.Time) error, t time.Time) error {
 	return socketError(set(t))
 }
 
-// addresses takes the addresses from the socket, which knows best, and else from
-// the facts.
+// addresses takes the addresses from a net.Conn, from the facts, which have those of the
+// handshake, or else from the socket.
 func (c *Conn) addresses() error {
 	if tc, ok := c.sock.(interface {
 		LocalAddr() net.Addr
 		RemoteAddr() net.Addr
 	}); ok {
 		c.local, c.remote = tc.LocalAddr(), tc.RemoteAddr()
+		return nil
+	}
+	var ok bool
+	if c.local, c.remote, ok = c.facts.addresses(); ok {
 		return nil
 	}
 	rc, err := c.sock.SyscallConn()

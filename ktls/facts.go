@@ -152,6 +152,19 @@ func (f *facts) remoteAddr() net.Addr {
 	return net.TCPAddrFromAddrPort(ap)
 }
 
+// addresses are both ends as the handshake saw them; ok is false when one is not known.
+func (f *facts) addresses() (local, remote net.Addr, ok bool) {
+	l, err := netip.ParseAddrPort(f.Local)
+	if err != nil {
+		return nil, nil, false
+	}
+	r, err := netip.ParseAddrPort(f.Remote)
+	if err != nil {
+		return nil, nil, false
+	}
+	return net.TCPAddrFromAddrPort(l), net.TCPAddrFromAddrPort(r), true
+}
+
 func (f *facts) params() params {
 	return params{version: f.Version, suite: f.Suite, client: f.Client}
 }
@@ -217,8 +230,11 @@ func decodeFacts(b []byte) (*facts, error) {
 		return nil, fmt.Errorf("%d bytes, the limit is %d", len(b), maxFacts)
 	}
 	f := &facts{}
-	if err := cborDecode.Unmarshal(b, f); err != nil {
-		return nil, err
+	if !f.decode(b) {
+		*f = facts{}
+		if err := cborDecode.Unmarshal(b, f); err != nil {
+			return nil, err
+		}
 	}
 	if f.V < 1 || f.V > factsVersion {
 		return nil, fmt.Errorf("encoding version %d, this program reads up to %d", f.V, factsVersion)

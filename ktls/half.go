@@ -20,6 +20,11 @@ func (h *half) init() error {
 	if h.aead != nil {
 		return nil
 	}
+	if h.dir.key == nil {
+		if err := h.suite.derive(&h.dir); err != nil {
+			return err
+		}
+	}
 	a, err := h.suite.newAEAD(h.dir.key)
 	if err != nil {
 		return err

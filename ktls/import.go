@@ -65,6 +65,10 @@ func decodeRecord(b []byte) (*record, error) {
 		return nil, fmt.Errorf("%d bytes, the limit is %d", len(b), maxRecord)
 	}
 	r := &record{}
+	if r.decode(b) {
+		return r, nil
+	}
+	*r = record{}
 	if err := cborDecode.Unmarshal(b, r); err != nil {
 		r.TX.wipe()
 		r.RX.wipe()
@@ -166,6 +170,9 @@ func (r *record) restore(c *Conn) {
 // checkTCP makes sure that sock is a TCP socket. The software layer also runs over
 // multipath TCP, which Go's listeners use by default where the kernel has it.
 func checkTCP(sock Socket, layer Layer) error {
+	if s, ok := sock.(interface{ IsTCP() bool }); ok && s.IsTCP() {
+		return nil // its owner has looked already
+	}
 	rc, err := sock.SyscallConn()
 	if err != nil {
 		return fmt.Errorf("socket: %w", err)

@@ -51,7 +51,8 @@ func (k *keys) wipe() {
 	}
 }
 
-// direction checks k and derives what it leaves out. It copies.
+// direction checks k. It copies. What is left out, in TLS 1.3 all but the secret, is
+// derived when the first record needs it: many sessions move on before one does.
 func (k *keys) direction(s *suiteInfo) (direction, error) {
 	if k == nil {
 		return direction{}, errors.New("no keys")
@@ -68,7 +69,10 @@ func (k *keys) direction(s *suiteInfo) (direction, error) {
 	if len(k.Key) != 0 || len(k.IV) != 0 {
 		return direction{}, errors.New("key material beside a traffic secret")
 	}
-	return s.direction13(bytes.Clone(k.Secret), k.Seq)
+	if len(k.Secret) != s.hashLen {
+		return direction{}, fmt.Errorf("traffic secret of %d bytes, %d expected", len(k.Secret), s.hashLen)
+	}
+	return direction{secret: bytes.Clone(k.Secret), seq: k.Seq}, nil
 }
 
 // record is the moving part of a session.
@@ -217,11 +221,7 @@ func (s *State) MarshalRecord() ([]byte, error) {
 	if s.record.Layer == LayerSoftware && s.record.TX == nil {
 		return nil, errors.New("encode session record: the state was wiped")
 	}
-	b, err := cbor.Marshal(&s.record)
-	if err != nil {
-		return nil, fmt.Errorf("encode session record: %w", err)
-	}
-	return b, nil
+	return s.record.encode(make([]byte, 0, s.record.size())), nil
 }
 
 // MarshalSecrets encodes the current traffic secrets and their generation (TLS

@@ -152,6 +152,15 @@ func (s *suiteInfo) direction13(secret []byte, seq uint64) (direction, error) {
 	return direction{secret: secret, key: expandLabel(mac, "key", s.keyLen), iv: expandLabel(mac, "iv", nonceLen), seq: seq}, nil
 }
 
+// derive completes a direction of which there is only the secret (TLS 1.3).
+func (s *suiteInfo) derive(d *direction) error {
+	full, err := s.direction13(d.secret, d.seq)
+	if err == nil {
+		*d = full
+	}
+	return err
+}
+
 // next is the following generation of a TLS 1.3 direction (RFC 8446 section 7.2).
 func (s *suiteInfo) next(d *direction) (direction, error) {
 	if s.version != tls.VersionTLS13 {

@@ -102,7 +102,7 @@ func MeasureMove(o MoveOptions) (m Move, err error) {
 		if err != nil {
 			return m, err
 		}
-		t, err := o.turn(u, o.Profile != "" && i == o.Turns-1)
+		t, err := o.turn(u, o.Profile != "" && i == 0, o.Profile != "" && i == o.Turns-1)
 		if err != nil {
 			return m, err
 		}
@@ -161,7 +161,8 @@ type moveTurn struct {
 	cpu    map[string]time.Duration
 }
 
-func (o MoveOptions) turn(u *visor.Unit, profile bool) (t moveTurn, err error) {
+// turn moves everything once. Profiles of keeper and supervisor begin or end with it.
+func (o MoveOptions) turn(u *visor.Unit, begin, end bool) (t moveTurn, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), o.Patience)
 	defer cancel()
 	st, err := u.Admin.Status(ctx)
@@ -170,10 +171,9 @@ func (o MoveOptions) turn(u *visor.Unit, profile bool) (t moveTurn, err error) {
 	}
 	lasting := map[string]int{"keeper": u.KeeperPID(), "supervisor": st.Supervisor.PID}
 	old := visor.WorkerPIDs(st)
-	if profile {
-		for _, pid := range append([]int{u.KeeperPID(), st.Supervisor.PID}, old...) {
-			_ = syscall.Kill(pid, syscall.SIGUSR1)
-		}
+	if begin {
+		_ = syscall.Kill(lasting["keeper"], syscall.SIGUSR1)
+		_ = syscall.Kill(lasting["supervisor"], syscall.SIGUSR1)
 	}
 	var (
 		first  int64
@@ -193,7 +193,7 @@ func (o MoveOptions) turn(u *visor.Unit, profile bool) (t moveTurn, err error) {
 		return t, fmt.Errorf("an upgrade of %d sessions ended otherwise: %+v", o.Sessions, r)
 	}
 	t.report = r.Pools[0]
-	if profile {
+	if end {
 		_ = syscall.Kill(lasting["keeper"], syscall.SIGUSR2)
 		_ = syscall.Kill(lasting["supervisor"], syscall.SIGUSR2)
 	}
