@@ -3,6 +3,7 @@ package handoff
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
@@ -103,7 +104,7 @@ func (w *worker) adoptOne(it *wire.Item) error {
 		return fmt.Errorf("session %d: %w", it.ID, err)
 	}
 	c := newConn(w, it.ID, t)
-	c.app = it.Cargo.App
+	c.app = slices.Clone(it.Cargo.App) // a part of the whole message, which it would keep
 	c.restored = it.Flags&(wire.FlagRestored|wire.FlagInterrupted) != 0
 	c.interrupted = it.Flags&wire.FlagInterrupted != 0
 	s := &session{id: it.ID, owner: it.Epoch, seen: it.Epoch, phase: phaseAdopted, conn: c, group: it.Group,

@@ -2,7 +2,8 @@ package ktls
 
 import (
 	"math"
-	"unicode/utf8"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/plaincbor"
 )
 
 // Facts and records in the form in which we write them, without reflection: every
@@ -19,25 +20,25 @@ func (r *record) encode(b []byte) []byte {
 	num := func(key byte, v uint64) {
 		if v != 0 {
 			n++
-			b = cborUint(cborUint(b, 0, uint64(key)), 0, v)
+			b = plaincbor.AppendUint(plaincbor.AppendUint(b, uint64(key)), v)
 		}
 	}
 	str := func(key byte, v []byte) {
 		if len(v) > 0 {
 			n++
-			b = append(cborUint(cborUint(b, 0, uint64(key)), 2, uint64(len(v))), v...)
+			b = plaincbor.AppendBytes(plaincbor.AppendUint(b, uint64(key)), v)
 		}
 	}
 	dir := func(key byte, k *keys) {
 		if k != nil {
 			n++
-			b = k.encode(cborUint(b, 0, uint64(key)))
+			b = k.encode(plaincbor.AppendUint(b, uint64(key)))
 		}
 	}
 	n = 3
 	b = cborInt(append(b, 1), r.V)
 	b = append(cborBytesHead(append(b, 2), r.ID), r.ID...)
-	b = cborUint(append(b, 3), 0, uint64(r.Layer))
+	b = plaincbor.AppendUint(append(b, 3), uint64(r.Layer))
 	dir(4, r.TX)
 	dir(5, r.RX)
 	str(6, r.Raw)
@@ -76,13 +77,13 @@ func (k *keys) encode(b []byte) []byte {
 	for i, v := range [][]byte{k.Secret, k.Key, k.IV} {
 		if len(v) > 0 {
 			n++
-			b = append(cborUint(append(b, byte(i+1)), 2, uint64(len(v))), v...)
+			b = plaincbor.AppendBytes(append(b, byte(i+1)), v)
 		}
 	}
 	for i, v := range []uint64{k.Seq, k.Gen} {
 		if v != 0 {
 			n++
-			b = cborUint(append(b, byte(i+4)), 0, v)
+			b = plaincbor.AppendUint(append(b, byte(i+4)), v)
 		}
 	}
 	b[at] = 0xa0 | n
@@ -100,27 +101,11 @@ func (r *record) size() int {
 	return n
 }
 
-// cborUint appends the head of a value (RFC 8949 section 3) in its shortest form.
-func cborUint(b []byte, major byte, v uint64) []byte {
-	major <<= 5
-	switch {
-	case v < 24:
-		return append(b, major|byte(v))
-	case v <= math.MaxUint8:
-		return append(b, major|24, byte(v))
-	case v <= math.MaxUint16:
-		return append(b, major|25, byte(v>>8), byte(v))
-	case v <= math.MaxUint32:
-		return append(b, major|26, byte(v>>24), byte(v>>16), byte(v>>8), byte(v))
-	}
-	return append(b, major|27, byte(v>>56), byte(v>>48), byte(v>>40), byte(v>>32), byte(v>>24), byte(v>>16), byte(v>>8), byte(v))
-}
-
 func cborInt(b []byte, v int) []byte {
 	if v < 0 {
-		return cborUint(b, 1, uint64(-1-v))
+		return plaincbor.AppendHead(b, 1, uint64(-1-v))
 	}
-	return cborUint(b, 0, uint64(v))
+	return plaincbor.AppendUint(b, uint64(v))
 }
 
 // cborBytesHead is the head of v, or null, as the general encoder has it.
@@ -128,153 +113,72 @@ func cborBytesHead(b, v []byte) []byte {
 	if v == nil {
 		return append(b, 0xf6)
 	}
-	return cborUint(b, 2, uint64(len(v)))
-}
-
-// reader takes values from the front of an encoding. bad is set, for good, by the first
-// that is not what was asked for.
-type reader struct {
-	b   []byte
-	bad bool
-}
-
-// head reads a head in the shortest form, so that nothing can be written in two ways.
-func (r *reader) head(major byte) uint64 {
-	if len(r.b) == 0 || r.b[0]>>5 != major {
-		r.bad = true
-		return 0
-	}
-	info := r.b[0] & 31
-	if info < 24 {
-		r.b = r.b[1:]
-		return uint64(info)
-	}
-	n := 1 << (info - 24)
-	if info > 27 || len(r.b) < 1+n {
-		r.bad = true
-		return 0
-	}
-	var v uint64
-	for _, c := range r.b[1 : 1+n] {
-		v = v<<8 | uint64(c)
-	}
-	r.b = r.b[1+n:]
-	return v
-}
-
-// uint reads a number up to limit.
-func (r *reader) uint(limit uint64) uint64 {
-	v := r.head(0)
-	r.bad = r.bad || v > limit
-	return v
-}
-
-// take reads a string; it is a part of the input.
-func (r *reader) take(major byte) []byte {
-	n := r.head(major)
-	if r.bad || n > uint64(len(r.b)) {
-		r.bad = true
-		return nil
-	}
-	v := r.b[:n:n]
-	r.b = r.b[n:]
-	return v
-}
-
-func (r *reader) bytes() []byte { return append([]byte{}, r.take(2)...) }
-
-func (r *reader) text() string {
-	v := r.take(3)
-	r.bad = r.bad || !utf8.Valid(v)
-	return string(v)
-}
-
-func (r *reader) bool() bool {
-	if r.bad || len(r.b) == 0 || r.b[0] != 0xf4 && r.b[0] != 0xf5 {
-		r.bad = true
-		return false
-	}
-	v := r.b[0] == 0xf5
-	r.b = r.b[1:]
-	return v
-}
-
-// pairs calls f with every key of a map, which must rise.
-func (r *reader) pairs(f func(key uint64)) {
-	last := int64(-1)
-	for n := r.head(5); n > 0 && !r.bad; n-- {
-		key := r.uint(math.MaxInt32)
-		if r.bad = r.bad || int64(key) <= last; r.bad {
-			return
-		}
-		last = int64(key)
-		f(key)
-	}
+	return plaincbor.AppendHead(b, plaincbor.Bytes, uint64(len(v)))
 }
 
 // decode fills an empty r; false means that b is for the general decoder, and r is of no
 // use.
 func (r *record) decode(b []byte) bool {
-	in := reader{b: b}
-	in.pairs(func(key uint64) {
+	in := plaincbor.NewReader(b)
+	in.Map(func(key uint64) {
 		switch key {
 		case 1:
-			r.V = int(in.uint(math.MaxInt32))
+			r.V = int(in.Uint(math.MaxInt32))
 		case 2:
-			r.ID = in.bytes()
+			r.ID = in.Bytes()
 		case 3:
-			r.Layer = Layer(in.uint(math.MaxUint8))
+			r.Layer = Layer(in.Uint(math.MaxUint8))
 		case 4:
-			r.TX = in.keys()
+			r.TX = readKeys(&in)
 		case 5:
-			r.RX = in.keys()
+			r.RX = readKeys(&in)
 		case 6:
-			r.Raw = in.bytes()
+			r.Raw = in.Bytes()
 		case 7:
-			r.Plain = in.bytes()
+			r.Plain = in.Bytes()
 		case 8:
-			r.Sealed = in.bytes()
+			r.Sealed = in.Bytes()
 		case 9:
-			r.Ctl = in.bytes()
+			r.Ctl = in.Bytes()
 		case 10:
-			r.CtlTyp = recordType(in.uint(math.MaxUint8))
+			r.CtlTyp = recordType(in.Uint(math.MaxUint8))
 		case 11:
-			r.Unread = in.bytes()
+			r.Unread = in.Bytes()
 		case 12:
-			r.Queued = in.bytes()
+			r.Queued = in.Bytes()
 		case 13:
-			r.Hand = in.bytes()
+			r.Hand = in.Bytes()
 		case 14:
-			r.RXEnd = ending(in.uint(math.MaxUint8))
+			r.RXEnd = ending(in.Uint(math.MaxUint8))
 		case 15:
-			r.TXEnd = ending(in.uint(math.MaxUint8))
+			r.TXEnd = ending(in.Uint(math.MaxUint8))
 		case 16:
-			r.Owed = uint32(in.uint(math.MaxUint32))
+			r.Owed = uint32(in.Uint(math.MaxUint32))
 		case 17:
-			r.Asked = uint32(in.uint(math.MaxUint32))
+			r.Asked = uint32(in.Uint(math.MaxUint32))
 		case 18:
-			r.RXUsed = in.uint(math.MaxUint64)
+			r.RXUsed = in.Uint(math.MaxUint64)
 		case 19:
-			r.TXUsed = in.uint(math.MaxUint64)
+			r.TXUsed = in.Uint(math.MaxUint64)
 		case 20:
-			r.RXGen = in.uint(math.MaxUint64)
+			r.RXGen = in.Uint(math.MaxUint64)
 		case 21:
-			r.TXGen = in.uint(math.MaxUint64)
+			r.TXGen = in.Uint(math.MaxUint64)
 		case 22:
-			r.Empties = uint8(in.uint(math.MaxUint8))
+			r.Empties = uint8(in.Uint(math.MaxUint8))
 		case 23:
-			r.Warnings = uint8(in.uint(math.MaxUint8))
+			r.Warnings = uint8(in.Uint(math.MaxUint8))
 		case 24:
-			r.Handshakes = uint8(in.uint(math.MaxUint8))
+			r.Handshakes = uint8(in.Uint(math.MaxUint8))
 		case 25:
-			r.Wire = in.uint(math.MaxUint64)
+			r.Wire = in.Uint(math.MaxUint64)
 		case 26:
-			r.WireSeq = in.uint(math.MaxUint64)
+			r.WireSeq = in.Uint(math.MaxUint64)
 		default:
-			in.bad = true
+			in.Bad = true
 		}
 	})
-	if in.bad || len(in.b) > 0 {
+	if !in.Done() {
 		r.TX.wipe()
 		r.RX.wipe()
 		return false
@@ -282,22 +186,22 @@ func (r *record) decode(b []byte) bool {
 	return true
 }
 
-func (r *reader) keys() *keys {
+func readKeys(r *plaincbor.Reader) *keys {
 	k := new(keys)
-	r.pairs(func(key uint64) {
+	r.Map(func(key uint64) {
 		switch key {
 		case 1:
-			k.Secret = r.bytes()
+			k.Secret = r.Bytes()
 		case 2:
-			k.Key = r.bytes()
+			k.Key = r.Bytes()
 		case 3:
-			k.IV = r.bytes()
+			k.IV = r.Bytes()
 		case 4:
-			k.Seq = r.uint(math.MaxUint64)
+			k.Seq = r.Uint(math.MaxUint64)
 		case 5:
-			k.Gen = r.uint(math.MaxUint64)
+			k.Gen = r.Uint(math.MaxUint64)
 		default:
-			r.bad = true
+			r.Bad = true
 		}
 	})
 	return k
@@ -305,42 +209,42 @@ func (r *reader) keys() *keys {
 
 // decode is that of facts without certificates and what belongs to them.
 func (f *facts) decode(b []byte) bool {
-	in := reader{b: b}
-	in.pairs(func(key uint64) {
+	in := plaincbor.NewReader(b)
+	in.Map(func(key uint64) {
 		switch key {
 		case 1:
-			f.V = int(in.uint(math.MaxInt32))
+			f.V = int(in.Uint(math.MaxInt32))
 		case 2:
-			f.ID = in.bytes()
+			f.ID = in.Bytes()
 		case 3:
-			f.Version = uint16(in.uint(math.MaxUint16))
+			f.Version = uint16(in.Uint(math.MaxUint16))
 		case 4:
-			f.Suite = uint16(in.uint(math.MaxUint16))
+			f.Suite = uint16(in.Uint(math.MaxUint16))
 		case 5:
-			f.Client = in.bool()
+			f.Client = in.Bool()
 		case 6:
-			f.Layer = Layer(in.uint(math.MaxUint8))
+			f.Layer = Layer(in.Uint(math.MaxUint8))
 		case 7:
-			f.Reason = in.text()
+			f.Reason = in.Text()
 		case 8:
-			f.ServerName = in.text()
+			f.ServerName = in.Text()
 		case 9:
-			f.Protocol = in.text()
+			f.Protocol = in.Text()
 		case 10:
-			f.Resumed = in.bool()
+			f.Resumed = in.Bool()
 		case 11:
-			f.Curve = uint16(in.uint(math.MaxUint16))
+			f.Curve = uint16(in.Uint(math.MaxUint16))
 		case 12:
-			f.ECH = in.bool()
+			f.ECH = in.Bool()
 		case 13:
-			f.HRR = in.bool()
+			f.HRR = in.Bool()
 		case 20:
-			f.Local = in.text()
+			f.Local = in.Text()
 		case 21:
-			f.Remote = in.text()
+			f.Remote = in.Text()
 		default:
-			in.bad = true
+			in.Bad = true
 		}
 	})
-	return !in.bad && len(in.b) == 0
+	return in.Done()
 }

@@ -17,6 +17,7 @@ var public = []string{"handoff", "ktls", "state", "pidfd"}
 var rules = []rule{
 	{path: "internal/sys", why: "it is the kernel edge and decides nothing: whatever it needed of ours would be a decision"},
 	{path: "internal/fault", why: "what is made to fail must not be what makes it fail"},
+	{path: "internal/plaincbor", why: "it is a form of bytes and knows nothing of what they mean", not: []string{"reflect", "unsafe"}},
 	{path: "internal/archtest", why: "it looks at the others from outside"},
 	{path: "internal/vmtest/spec", why: "it is shared by the host and the init of a guest, and holds types only"},
 	{path: "internal/vmtest/guest", may: []string{"internal/sys"}, why: "the tests of every package import it"},
@@ -28,16 +29,16 @@ var rules = []rule{
 	{path: "state", why: "it is for versioned state alone, and works where there are no descriptors and no system calls",
 		not: []string{"net", "os", "syscall", "unsafe"}},
 	{path: "pidfd", may: []string{"internal/sys"}, why: "it is useful without the rest"},
-	{path: "ktls", may: []string{"internal/fault", "internal/sys"}, why: "a program may want the movable record layer and move nothing; the handshake is crypto/tls as it is, reached by its public API only",
+	{path: "ktls", may: []string{"internal/fault", "internal/plaincbor", "internal/sys"}, why: "a program may want the movable record layer and move nothing; the handshake is crypto/tls as it is, reached by its public API only",
 		not: []string{"reflect", "unsafe"}},
-	{path: "internal/wire", may: []string{"internal/fault", "internal/sys"}, why: "both sides of a control channel share it, so it knows neither"},
+	{path: "internal/wire", may: []string{"internal/fault", "internal/plaincbor", "internal/sys"}, why: "both sides of a control channel share it, so it knows neither"},
 	{path: "handoff", may: []string{"internal/fault", "internal/sys", "internal/wire", "ktls", "pidfd", "state"}, why: "workers embed it: it must not bring the supervisor along"},
 
 	{path: "internal/keeper", may: []string{"internal/sys"}, why: "the keeper outlives every fault of what is above it, which holds only as long as it knows nothing of that"},
 	{path: "internal/config", why: "reading a file must work without any of the machinery that the file configures"},
 	{path: "internal/admin", may: []string{"internal/sys"}, why: "clients of the admin API must not bring the supervisor along"},
 	{path: "internal/load", may: []string{"internal/sys"}, why: "the clients that check every byte must share no code with what they check"},
-	{path: "internal/supervise", may: append([]string{"internal/admin", "internal/config", "internal/fault", "internal/keeper", "internal/sys", "internal/wire"}, public...),
+	{path: "internal/supervise", may: append([]string{"internal/admin", "internal/config", "internal/fault", "internal/keeper", "internal/plaincbor", "internal/sys", "internal/wire"}, public...),
 		why: "only the command line, the demo and the end-to-end tests stand above the supervisor"},
 
 	{path: "examples", may: public, why: "an example shows what a stranger can write, and a stranger cannot import internal packages"},

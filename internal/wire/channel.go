@@ -13,6 +13,8 @@ import (
 type Channel struct {
 	pc  *sys.PacketConn
 	buf []byte
+	out []byte // of Send: what it sends and the descriptors of that
+	fds []int
 }
 
 // NewChannel takes ownership of fd, also when it fails.
@@ -45,9 +47,12 @@ func (c *Channel) Send(m *Message) error {
 
 func (c *Channel) send(m *Message) error {
 	out := *m
-	out.Items = append([]Item(nil), m.Items...)
-	out.Blobs = append([]Blob(nil), m.Blobs...)
-	var fds, own []int
+	if m.anyLarge() { // what goes into memory files is taken out
+		out.Items = append([]Item(nil), m.Items...)
+		out.Blobs = append([]Blob(nil), m.Blobs...)
+	}
+	var own []int
+	fds := c.fds[:0]
 	defer func() { sys.CloseAll(own) }()
 	total := 0
 	largeFD := func(b []byte) (int, error) {
@@ -87,11 +92,33 @@ func (c *Channel) send(m *Message) error {
 		own, fds = append(own, fd), append(fds, fd)
 		bl.Data, bl.Large = nil, true
 	}
-	b, err := Encode(&out)
-	if err != nil {
-		return err
+	c.fds = fds[:0]
+	b, ok := appendMessage(c.out[:0], &out)
+	if !ok {
+		var err error
+		if b, err = Encode(&out); err != nil {
+			return err
+		}
 	}
+	if len(b) > sys.MaxPacket {
+		return fmt.Errorf("%s: message of %d bytes, the limit is %d", m.Type, len(b), sys.MaxPacket)
+	}
+	c.out = b[:0]
 	return c.pc.Send(b, fds)
+}
+
+func (m *Message) anyLarge() bool {
+	for i := range m.Items {
+		if m.Items[i].Cargo.Size() > MaxInline {
+			return true
+		}
+	}
+	for i := range m.Blobs {
+		if len(m.Blobs[i].Data) > MaxInline {
+			return true
+		}
+	}
+	return false
 }
 
 func largeFD(b []byte) (int, error) {

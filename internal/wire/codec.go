@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"strings"
@@ -63,9 +64,12 @@ func Decode(b []byte) (*Message, error) {
 	if len(b) > sys.MaxPacket {
 		return nil, fmt.Errorf("%w: message of %d bytes, the limit is %d", ErrProtocol, len(b), sys.MaxPacket)
 	}
-	m := new(Message)
-	if err := decMode.Unmarshal(b, m); err != nil {
-		return nil, fmt.Errorf("%w: message of %d bytes is not valid CBOR of this protocol: %w", ErrProtocol, len(b), err)
+	m := decodeMessage(bytes.Clone(b)) // byte strings of the message are parts of it
+	if m == nil {
+		m = new(Message)
+		if err := decMode.Unmarshal(b, m); err != nil {
+			return nil, fmt.Errorf("%w: message of %d bytes is not valid CBOR of this protocol: %w", ErrProtocol, len(b), err)
+		}
 	}
 	if err := m.check(); err != nil {
 		return nil, fmt.Errorf("%w: %s: %w", ErrProtocol, m.Type, err)
