@@ -326,7 +326,7 @@ func (c oddConn) Write(p []byte) (n int, err error) {
 }
 
 func TestKilledOwners(t *testing.T) {
-	kills := 40
+	kills := 30
 	if s := os.Getenv("KTLSVISOR_KILLS"); s != "" {
 		kills, _ = strconv.Atoi(s)
 	} else if testing.Short() {
@@ -409,6 +409,7 @@ func newKilledPeer(t *testing.T, i int, version, suite uint16) *killedPeer {
 	if err = errors.Join(err, <-failed); err != nil {
 		t.Fatal(err)
 	}
+	_, _ = c.SetDeadline(never), s.SetDeadline(never)
 	sock, st, err := conn.Detach()
 	if err != nil {
 		t.Fatal(err)
