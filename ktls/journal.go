@@ -263,7 +263,7 @@ func keyAt(m []byte, r register, second bool) []byte {
 func loadKey(m []byte, r register, second bool, s *suiteInfo, seq uint64) (direction, error) {
 	k := keyAt(m, r, second)
 	if s.version == tls.VersionTLS13 {
-		return s.direction13(bytes.Clone(k[:s.hashLen]), seq)
+		return direction{secret: bytes.Clone(k[:s.hashLen]), seq: seq}, nil // the rest is derived when it is needed
 	}
 	return direction{key: bytes.Clone(k[:s.keyLen]), iv: bytes.Clone(k[keyIV:][:s.ivLen()]), seq: seq}, nil
 }

@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/fxamacker/cbor/v2"
-
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
@@ -114,9 +112,7 @@ func (j *Journals) recover(key JournalKey, factsData []byte, at sys.TCPPosition)
 	if err := rec.check(f); err != nil {
 		return nil, err
 	}
-	if out.Record, err = cbor.Marshal(rec); err != nil {
-		return nil, fmt.Errorf("encode session record: %w", err)
-	}
+	out.Record = rec.encode(make([]byte, 0, rec.size()))
 	return out, nil
 }
 
