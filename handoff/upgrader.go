@@ -214,7 +214,7 @@ func (u *Upgrader) Serve(ctx context.Context) error { return u.h.serve(ctx) }
 // time, see WithMoveTime, the report tells; it says nothing of those in handshakes.
 func (u *Upgrader) Upgrade() (Upgraded, error) {
 	reply := make(chan upgradeReply, 1)
-	if err := u.h.call(func(done func(error)) { u.h.startUpgrade(reply); done(nil) }); err != nil {
+	if err := u.h.call(func(done func(error)) { u.h.startUpgrade(reply, time.Now()); done(nil) }); err != nil {
 		return Upgraded{}, err
 	}
 	select {

@@ -73,10 +73,17 @@ const (
 	maxRefusals = 3
 )
 
-// startUpgrade begins an upgrade, or answers why not.
-func (h *host) startUpgrade(reply chan upgradeReply) {
+// startUpgrade begins an upgrade, or answers why not. asked is when it was asked for.
+func (h *host) startUpgrade(reply chan upgradeReply, asked time.Time) {
 	var err error
 	switch {
+	case h.ended:
+		reply <- upgradeReply{err: ErrStopped}
+		return
+	case h.role == roleLeading && !h.parentGone && h.up == nil && time.Since(asked) < parentTime:
+		// The old process has closed its channel, so it is about to end.
+		time.AfterFunc(hostTick, func() { h.in.post(func() { h.startUpgrade(reply, asked) }) })
+		return
 	case h.role == roleUpgrading:
 		err = ErrUpgrading
 	case h.role == roleRetiring:

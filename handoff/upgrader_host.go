@@ -44,6 +44,7 @@ type host struct {
 	serving    bool
 	ended      bool // the loop has ended; what was posted is only cleaned up
 	ready      bool // the worker takes sessions
+	retired    bool // the worker was told to end with its last session
 	parentGone bool
 	count      uint32
 	residents  map[uint64]*resident
@@ -240,6 +241,9 @@ func (h *host) heard(n news) {
 	case h.down:
 		h.newLost(err)
 	case h.local:
+		if h.role == roleStopping || h.retired {
+			return // the worker ends
+		}
 		h.log.Error("the control channel inside of this process broke", "error", err) // Serve ends with the worker
 	}
 }
@@ -393,12 +397,13 @@ func (h *host) shutDown() {
 
 // retire ends this process when its last session has gone.
 func (h *host) retire() {
+	h.retired = true
 	h.local.put(&wire.Message{Type: wire.TypeStop, Drain: true}, nil)
 }
 
 func (h *host) upgradeBySignal() {
 	reply := make(chan upgradeReply, 1)
-	h.startUpgrade(reply)
+	h.startUpgrade(reply, time.Now())
 	go func() {
 		select {
 		case r := <-reply:
