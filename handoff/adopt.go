@@ -112,6 +112,7 @@ func (w *worker) adoptOne(it *wire.Item) error {
 	c.s = s
 	w.relayed(s, t)
 	w.sessions[it.ID] = s
+	w.marks.give(c)
 	return nil
 }
 

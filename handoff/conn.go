@@ -41,6 +41,10 @@ type Conn struct {
 	barrier              *barrier  // members of the group that have to be there before input is
 	cause                error     // what ended the session, as Read or Write saw it
 
+	mark    atomic.Pointer[atomic.Uint64] // says whether it is being handled, nil: nobody asks; see marks.go
+	markAt  int                           // which word that is; for the worker's loop
+	running atomic.Bool                   // the handler is
+
 	since atomic.Uint32 // the worker's tick when Read began to wait, 0 when it does not
 
 	app         []byte

@@ -17,6 +17,7 @@ func (c *Conn) ReadFrom(r io.Reader) (int64, error) {
 	if !isFile(r) { // it may have to be waited for, and others may want to write meanwhile
 		return io.Copy(struct{ io.Writer }{c}, r)
 	}
+	defer c.written(c.writing())
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
 	var total int64

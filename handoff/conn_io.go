@@ -52,6 +52,8 @@ func (c *Conn) waitRead() error {
 }
 
 func (c *Conn) read(p []byte, waitOnly bool) (n int, err error) {
+	c.waiting()
+	defer c.handling()
 	for {
 		s, err := c.readable()
 		if err != nil {
@@ -139,6 +141,7 @@ func (c *Conn) failed(err error) error {
 // without sending, and they travel with the session; beyond that it returns the
 // number of bytes taken and ErrMoving.
 func (c *Conn) Write(p []byte) (int, error) {
+	defer c.written(c.writing())
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
 	done := 0

@@ -73,6 +73,8 @@ func (w *worker) handle(m *wire.Message) error {
 		w.kick(m.Refs)
 	case wire.TypeGrouped:
 		w.grouped(m.Refs[0], m.Group, m.Text)
+	case wire.TypeMarks:
+		return w.takeMarks(m)
 	case wire.TypeRekeyed, wire.TypePause, wire.TypeSend, wire.TypeContinue, wire.TypeUpdate:
 		w.rekey(m)
 	default:

@@ -122,6 +122,7 @@ func (w *worker) start(s *session) {
 			if !returned {
 				err = w.accident(c, recover())
 			}
+			c.returns()
 			cancel()
 			w.in.post(func() {
 				w.handlers--
@@ -130,6 +131,7 @@ func (w *worker) start(s *session) {
 				}
 			})
 		}()
+		c.begins()
 		err = w.handler.Serve(ctx, c)
 		returned = true
 	}()
@@ -305,6 +307,7 @@ func (w *worker) closed(s *session, reason wire.Reason, err error) {
 	s.phase = phaseClosing
 	w.leave(s)
 	delete(w.sessions, s.id)
+	w.marks.take(s.conn)
 	e := wire.Closed{Ref: wire.Ref{ID: s.id, Epoch: s.owner}, Reason: reason}
 	if err != nil {
 		e.Text = wire.Clip(err.Error())
@@ -339,6 +342,7 @@ func (w *worker) leave(s *session) {
 // forget drops this process's copy of a session that is not ours.
 func (w *worker) forget(s *session) {
 	delete(w.sessions, s.id)
+	w.marks.take(s.conn)
 	if s.kept != nil {
 		s.kept.drop()
 		s.kept = nil

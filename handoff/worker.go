@@ -49,6 +49,7 @@ type worker struct {
 	batches  map[string]*batch
 	resuming map[string][]wire.Ref // RESUMEs of a group whose last part has not come
 	handlers int                   // that run
+	marks    *marks                // nil: nobody wants to know
 	checking time.Time             // since when the health check runs; zero: it does not
 	gone     error                 // why there is no supervisor any more
 	failed   error                 // why Serve ends early

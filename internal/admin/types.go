@@ -54,6 +54,8 @@ type PoolStatus struct {
 	Operation  string         `json:"operation,omitempty"` // what is under way, for people
 	Wanted     int            `json:"wanted_workers"`
 	Workers    []WorkerStatus `json:"workers"`
+	// Quarantine is the worker that has the sessions in whose handling workers died.
+	Quarantine *WorkerStatus `json:"quarantine,omitempty"`
 }
 
 // WorkerStatus is one worker process.
@@ -90,6 +92,9 @@ type Counters struct {
 	KeyUpdates uint64 `json:"key_updates"`
 	// Hangs counts workers that were killed because they did not answer.
 	Hangs uint64 `json:"hangs"`
+	// Quarantined counts sessions that were put into quarantine, because a worker died
+	// while it was handling them.
+	Quarantined uint64 `json:"quarantined"`
 }
 
 // HandshakeCounters count connections that never became sessions.

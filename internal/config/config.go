@@ -20,6 +20,8 @@ const (
 	DefaultStopTimeout      = Duration(10 * time.Second)
 	DefaultHeartbeat        = Duration(5 * time.Second)
 	DefaultHangTimeout      = Duration(30 * time.Second)
+	DefaultPoison           = 2
+	DefaultPoisonReset      = Duration(time.Minute)
 	DefaultPool             = "default"
 	DefaultMinVersion       = "1.2"
 )
@@ -101,6 +103,8 @@ type Pool struct {
 	Heartbeat     Duration          `json:"heartbeat"`           // how often a worker is asked whether it is there; 0: never
 	HangTimeout   Duration          `json:"hang_timeout"`        // one that does not answer for so long is killed
 	Probation     Duration          `json:"probation,omitempty"` // how long an upgrade keeps the old generation; 0 does not
+	Poison        int               `json:"poison"`              // crashes in a row, over one session, after which it is closed; 0: never
+	PoisonReset   Duration          `json:"poison_reset"`        // how long a suspect is served in quarantine before it is none any more
 	NoFile        uint64            `json:"nofile,omitempty"`    // NOFILE limit of a worker; 0 keeps the supervisor's
 	Env           map[string]string `json:"env,omitempty"`       // added to the supervisor's environment
 	Dir           string            `json:"dir,omitempty"`       // working directory; empty keeps the supervisor's
@@ -144,6 +148,8 @@ func NewPool() Pool {
 		StopTimeout:   DefaultStopTimeout,
 		Heartbeat:     DefaultHeartbeat,
 		HangTimeout:   DefaultHangTimeout,
+		Poison:        DefaultPoison,
+		PoisonReset:   DefaultPoisonReset,
 	}
 }
 

@@ -73,6 +73,8 @@ func (r *reader) config(c *Config, tree map[string]any) {
 					"heartbeat":      r.duration(&p.Heartbeat),
 					"hang_timeout":   r.duration(&p.HangTimeout),
 					"probation":      r.duration(&p.Probation),
+					"poison":         r.number(&p.Poison),
+					"poison_reset":   r.duration(&p.PoisonReset),
 					"nofile":         r.limit(&p.NoFile),
 					"env":            r.textMap(&p.Env),
 					"dir":            r.text(&p.Dir),

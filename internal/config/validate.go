@@ -21,6 +21,7 @@ const (
 	minNoFile        = 64
 	minHeartbeat     = 100 * time.Millisecond
 	minHangTimeout   = time.Second
+	maxPoison        = 100
 	// maxUnixPath is the longest path of a Unix socket: sun_path holds 108 bytes with
 	// the final zero (unix(7)).
 	maxUnixPath = 107
@@ -103,6 +104,11 @@ func (c *Config) validatePool(p *problems, pool *Pool, key string) {
 	if pool.Probation != 0 { // 0 is none
 		c.duration(p, key+".probation", pool.Probation)
 	}
+	if pool.Poison != 0 && (pool.Poison < 2 || pool.Poison > maxPoison) {
+		p.add(key+".poison", fmt.Sprintf("give a number from 2 to %d, 0 for never, or leave it out for %d", maxPoison, DefaultPoison),
+			"%d is not possible: one crash may have any reason", pool.Poison)
+	}
+	c.duration(p, key+".poison_reset", pool.PoisonReset)
 	if pool.NoFile != 0 && pool.NoFile < minNoFile {
 		p.add(key+".nofile", fmt.Sprintf("give at least %d, and one for every session besides; or leave it out", minNoFile),
 			"a worker cannot run with %d descriptors", pool.NoFile)

@@ -209,6 +209,7 @@ func (s *Supervisor) onTick(now time.Time) {
 		s.trimAt = now.Add(time.Second)
 	}
 	s.beat(now)
+	s.watchWards(now)
 	for a := range s.attempts {
 		if now.After(a.deadline) {
 			s.attemptTimedOut(a)

@@ -27,6 +27,7 @@ const (
 	cntProtocolErrors
 	cntKeyUpdates
 	cntHangs
+	cntQuarantined
 )
 
 func (l *ledger) count(c counter, n uint64) {
@@ -59,13 +60,13 @@ func (l *ledger) counters() admin.Counters {
 		Interrupted: l.counter(cntInterrupted), Lost: l.counter(cntLost),
 		ClosedByPeer: l.counter(cntClosedByPeer), ClosedByOwner: l.counter(cntClosedByOwner),
 		ClosedUnknown: l.counter(cntClosedUnknown), KeyUpdates: l.counter(cntKeyUpdates),
-		Hangs: l.counter(cntHangs),
+		Hangs: l.counter(cntHangs), Quarantined: l.counter(cntQuarantined),
 	}
 }
 
 func (l *ledger) reasons() map[string]uint64 {
 	out := map[string]uint64{}
-	for r := wire.ReasonPeer; r <= wire.ReasonLayer; r++ {
+	for r := wire.ReasonPeer; r <= wire.LastReason; r++ {
 		if n := binary.LittleEndian.Uint64(l.mem[hdrReasons+8*int(r):]); n > 0 {
 			out[r.String()] = n
 		}

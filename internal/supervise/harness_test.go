@@ -172,7 +172,7 @@ func (u *unit) start(led *ledger, incarnation uint32) {
 	pc := config.NewPool()
 	pc.Name, pc.Command, pc.Workers = "p", []string{"/nonexistent"}, 0
 	pc.FreezeTimeout = config.Duration(time.Minute)
-	pc.Heartbeat = 0 // a test that wants PINGs says so
+	pc.Heartbeat, pc.Poison = 0, 0 // a test that wants them says so
 	s.cfg = &config.Config{MaxSessions: led.slots, Pools: []config.Pool{pc}}
 	u.pool = &pool{name: "p", cfg: pc, serving: 1, newest: 1, workers: map[uint64]*worker{}, parked: map[uint64]*session{}}
 	s.pools["p"] = u.pool

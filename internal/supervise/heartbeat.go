@@ -175,7 +175,7 @@ func (s *Supervisor) hung(w *worker) {
 	s.led.count(cntHangs, 1)
 	s.log.Error("a worker does not answer: it is killed, and its sessions go on in others", "pool", w.pool.name, "pid", w.pid,
 		"generation", w.gen, "sessions", len(w.sessions), "hang_timeout", limit)
-	w.beat.open = false
+	w.beat.open, w.beatenDead = false, true
 	s.kill(w, "no answer within hang_timeout")
 	if w.gen == w.pool.serving && w.pool.op == nil {
 		s.replaceLater(w.pool) // now: its death may take its time

@@ -84,6 +84,8 @@ type entry struct {
 	// began, and what is owed to the peer.
 	RXBase uint32
 	Owes   owed
+	// Crashes of workers in a row that were handling it.
+	Crashes uint8
 }
 
 // facts is the part of a slot that never changes.
@@ -275,6 +277,7 @@ func encodeEntry(b []byte, e entry) {
 	copy(b[56:56+wire.MaxGroup], e.Group)
 	binary.LittleEndian.PutUint32(b[120:], e.RXBase)
 	b[124] = byte(e.Owes)
+	b[125] = e.Crashes
 	fault.Step("half-ledger")
 	binary.LittleEndian.PutUint32(b, crc32.Checksum(b[8:entrySize], crcTable))
 }
@@ -296,6 +299,7 @@ func decodeEntry(b []byte) (e entry, ok bool) {
 		Group:    string(b[56 : 56+int(b[54])]),
 		RXBase:   binary.LittleEndian.Uint32(b[120:]),
 		Owes:     owed(b[124]),
+		Crashes:  b[125],
 	}
 	return e, e.Seq > 0
 }

@@ -46,15 +46,17 @@ func newOutbox(ch *wire.Channel, k store, missing func(wire.Ref), failed func(er
 	return o
 }
 
-// add queues a message; false means that the worker does not read and its queue
+// add queues a message, whose descriptor it takes over; false means that the worker does not read and its queue
 // is full.
 func (o *outbox) add(m *wire.Message) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.closed {
+		m.CloseSockets()
 		return true
 	}
 	if len(o.queue) >= maxQueued {
+		m.CloseSockets()
 		return false
 	}
 	o.queue = append(o.queue, m)
@@ -85,6 +87,9 @@ func (o *outbox) drain(ctx context.Context) error {
 // abandon drops what is queued. The channel must be closed by the caller.
 func (o *outbox) abandon() {
 	o.mu.Lock()
+	for _, m := range o.queue {
+		m.CloseSockets()
+	}
 	o.closed, o.queue = true, nil
 	o.mu.Unlock()
 	o.cancel()
@@ -122,6 +127,7 @@ func (o *outbox) run() {
 
 func (o *outbox) send(m *wire.Message) error {
 	if m.Type != wire.TypeAdopt {
+		defer m.CloseSockets() // the file of MARKS
 		return o.ch.Send(m)
 	}
 	ids := make([]uint64, len(m.Items))

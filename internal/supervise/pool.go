@@ -30,6 +30,7 @@ type pool struct {
 	queue []*queued          // operations that wait for op to end
 	ended []func(*operation) // called at the end of op
 	stays map[uint64]stay    // sessions that could not move when they were last asked
+	ward  ward               // the quarantine
 
 	rate      float64       // sessions moved in a second, in the last operation that moved many
 	startTook time.Duration // of the worker that got ready last
@@ -85,7 +86,7 @@ func (s *Supervisor) savePools() {
 
 // takes says whether sessions can be given to a worker of generation gen now.
 func (p *pool) takes(w *worker, gen uint32) bool {
-	return w.gen == gen && w.state == workerReady && w.usable() && !w.deaf
+	return w.gen == gen && w.state == workerReady && w.usable() && !w.deaf && !w.quarantine
 }
 
 // least is the worker of a generation with the fewest sessions, but for those named,
@@ -122,6 +123,9 @@ func (p *pool) targetIn(gen uint32) *worker {
 // targetFor is target, but of another worker than those that could not take ss, as
 // long as there is one. While there is a canary it gets its share of new sessions.
 func (p *pool) targetFor(ss *session) *worker {
+	if w, ok := p.ward.place(ss, p.serving); ok {
+		return w
+	}
 	if len(ss.refusedBy) > 0 {
 		if w := p.least(p.serving, ss.refusedBy); w != nil {
 			return w
@@ -141,7 +145,7 @@ func (ss *session) isNew() bool { return ss.owner == nil && ss.moves == 0 && ss.
 
 func (p *pool) count(gen uint32, states ...workerState) (n int) {
 	for _, w := range p.workers {
-		if w.gen != gen {
+		if w.gen != gen || w.quarantine {
 			continue
 		}
 		for _, st := range states {
@@ -166,7 +170,7 @@ func (s *Supervisor) onHello(w *worker, h *wire.Hello) error {
 	for _, sc := range h.Schemas {
 		w.schemas = append(w.schemas, state.Info{Name: sc.Name, Writes: sc.Writes, Restores: sc.Restores})
 	}
-	w.rekeys = h.Rekey
+	w.rekeys, w.able = h.Rekey, h.Able
 	w.greeted = true
 	if w.retained {
 		s.welcome(w)
@@ -178,6 +182,7 @@ func (s *Supervisor) welcome(w *worker) {
 	s.send(w, &wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: wire.Version, Worker: w.id,
 		Pool: w.pool.name, Generation: w.gen, FreezeTimeout: time.Duration(w.pool.cfg.FreezeTimeout).Milliseconds(),
 		Rekey: s.kernel.Rekey}})
+	s.giveMarks(w)
 }
 
 func (s *Supervisor) onReady(w *worker) error {
@@ -201,6 +206,7 @@ func (s *Supervisor) onReady(w *worker) error {
 		s.log.Error("worker is not kept over a restart of the supervisor", "pid", w.pid, "error", err)
 	}
 	s.readyChanged()
+	s.wardReady(w)
 	return nil
 }
 
@@ -300,6 +306,9 @@ func (s *Supervisor) workerDied(w *worker) {
 		s.led.count(cntWorkerDeaths, 1)
 		s.log.Warn("worker died", "pool", w.pool.name, "pid", w.pid, "generation", w.gen, "state", was, "sessions", len(w.sessions))
 	}
+	s.blame(w, was)
+	w.marks.close()
+	s.retain.delete(w.marksKey())
 	s.abortAttemptsOf(w, "the worker died")
 	for _, ss := range w.sessions {
 		s.orphan(ss, w)
@@ -310,6 +319,10 @@ func (s *Supervisor) workerDied(w *worker) {
 	}
 	p := w.pool
 	s.checkAllDead()
+	if w.quarantine {
+		s.wardDied(w, was)
+		return
+	}
 	if op := p.op; op != nil && op.kind == opUpgrade {
 		s.upgradeWorkerDied(op, w, was)
 		if !op.fills() || w.gen != p.serving {

@@ -99,7 +99,7 @@ func (s *Supervisor) recoverWorker(e *keeper.Entry) error {
 		return err
 	}
 	w := &worker{id: e.Key.ID, pid: meta.PID, gen: meta.Gen, command: meta.Command, pool: p, proc: proc,
-		schemas: meta.Schemas, rekeys: meta.Rekeys, sessions: map[uint64]*session{}, state: workerReady}
+		schemas: meta.Schemas, rekeys: meta.Rekeys, able: meta.Able, quarantine: meta.Quarantine, sessions: map[uint64]*session{}, state: workerReady}
 	switch {
 	case meta.Detached:
 		w.state = workerDetached
@@ -113,6 +113,7 @@ func (s *Supervisor) recoverWorker(e *keeper.Entry) error {
 	if w.state == workerReady && w.gen != p.serving {
 		w.state = workerRetiring
 	}
+	s.recoverWard(w)
 	s.workers[w.id], p.workers[w.id] = w, w
 	s.lastWorker = max(s.lastWorker, w.id)
 	s.watch(w)
@@ -182,7 +183,7 @@ func (s *Supervisor) recoverSessions(ctx context.Context) error {
 
 func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, retained map[uint64]bool) {
 	ss := &session{id: e.ID, slot: slot, epoch: e.Epoch, group: e.Group, moves: e.Moves, accepted: e.Accepted, software: e.Software,
-		rxBase: e.RXBase, owes: e.Owes}
+		rxBase: e.RXBase, owes: e.Owes, crashes: e.Crashes}
 	f, err := s.led.facts(slot)
 	if err == nil && s.pools[f.Pool] == nil {
 		err = fmt.Errorf("pool %q is unknown", f.Pool)
@@ -199,6 +200,7 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 	}
 	ss.pool = s.pools[f.Pool]
 	s.sessions[ss.id] = ss
+	s.recoverSuspect(ss)
 	if ss.owes != 0 {
 		s.owing[ss.id] = ss
 	}

@@ -72,7 +72,7 @@ func (s *Supervisor) retireSurplus(op *operation) {
 func (p *pool) surplus() []*worker {
 	var list []*worker
 	for _, w := range sortedWorkers(p.workers) {
-		if w.gen == p.serving && (w.state == workerReady || w.state == workerStarting) {
+		if w.gen == p.serving && !w.quarantine && (w.state == workerReady || w.state == workerStarting) {
 			list = append(list, w)
 		}
 	}

@@ -43,6 +43,8 @@ type session struct {
 	rxBase uint32
 	owes   owed
 
+	crashes uint8 // of workers in a row that were handling it; see poison.go
+
 	// While owner is nil and attempt is nil: what an adopting worker gets.
 	cargo wire.Cargo
 	flags wire.Flags
@@ -84,7 +86,7 @@ type attempt struct {
 func (ss *session) slotEntry() entry {
 	e := entry{ID: ss.id, Epoch: ss.epoch, Accepted: ss.accepted, Moves: ss.moves,
 		Software: ss.software, Flags: ss.flags, Group: ss.group, Phase: slotParked,
-		RXBase: ss.rxBase, Owes: ss.owes}
+		RXBase: ss.rxBase, Owes: ss.owes, Crashes: ss.crashes}
 	if ss.owner != nil {
 		e.Owner, e.Phase = ss.owner.id, slotOwned
 	}
@@ -117,6 +119,7 @@ func (s *Supervisor) end(ss *session) {
 	delete(s.sessions, ss.id)
 	delete(ss.pool.parked, ss.id)
 	delete(ss.pool.stays, ss.id)
+	delete(ss.pool.ward.suspects, ss.id)
 	s.retain.delete(ss.key())
 	if f, err := s.led.facts(ss.slot); err == nil && f.Overflow {
 		s.retain.delete(ss.overflowKey())

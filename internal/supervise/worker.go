@@ -51,6 +51,9 @@ type workerMeta struct {
 	// does not take its sessions for orphans while it lives.
 	Detached bool `cbor:"7,keyasint,omitempty"`
 	Rekeys   bool `cbor:"8,keyasint,omitempty"`
+
+	Able       wire.Abilities `cbor:"16,keyasint,omitempty"`
+	Quarantine bool           `cbor:"17,keyasint,omitempty"`
 }
 
 // worker is one worker process. Only the ledger's goroutine touches it, except
@@ -87,6 +90,11 @@ type worker struct {
 
 	inventory *inventory // while one is being taken
 	beat      heartbeat
+
+	beatenDead bool           // killed because it did not answer
+	able       wire.Abilities // what it can do besides
+	marks      *marks         // what it says it is handling; nil: it does not say
+	quarantine bool           // takes suspects only; see poison.go
 }
 
 func (w *worker) String() string {
@@ -133,7 +141,8 @@ func (s *Supervisor) retainWorker(w *worker, chFD int, then func(error)) error {
 		fds = append(fds, chFD)
 	}
 	meta, err := cbor.Marshal(workerMeta{PID: w.pid, Pool: w.pool.name, Gen: w.gen,
-		Ready: w.state == workerReady, Schemas: w.schemas, Command: w.command, Detached: chFD < 0, Rekeys: w.rekeys})
+		Ready: w.state == workerReady, Schemas: w.schemas, Command: w.command, Detached: chFD < 0, Rekeys: w.rekeys,
+		Able: w.able, Quarantine: w.quarantine})
 	if err != nil {
 		sys.CloseAll(fds)
 		return err

@@ -92,6 +92,9 @@ func (c *Channel) send(m *Message) error {
 		own, fds = append(own, fd), append(fds, fd)
 		bl.Data, bl.Large = nil, true
 	}
+	if m.Type == TypeMarks {
+		fds = append(fds, m.File)
+	}
 	c.fds = fds[:0]
 	b, ok := appendMessage(c.out[:0], &out)
 	if !ok {
@@ -249,6 +252,11 @@ func (m *Message) takeFDs(fds []int) (err error) {
 		}
 		bl.Large = false
 	}
+	if m.Type == TypeMarks {
+		if m.File, err = next(); err != nil {
+			return err
+		}
+	}
 	if len(fds) > 0 {
 		return fmt.Errorf("%d descriptors too many", len(fds))
 	}
@@ -264,9 +272,13 @@ func contains(list []int, fd int) bool {
 	return false
 }
 
-// CloseSockets closes the sockets of m's items, for a receiver that will not use
-// them.
+// CloseSockets closes the sockets of m's items and its memory file, for a receiver that
+// will not use them.
 func (m *Message) CloseSockets() {
+	if m.File > 0 {
+		sys.CloseAll([]int{m.File})
+		m.File = -1
+	}
 	for i := range m.Items {
 		if m.Items[i].Socket > 0 {
 			sys.CloseAll([]int{m.Items[i].Socket})

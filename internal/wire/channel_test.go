@@ -201,6 +201,8 @@ func TestRecvClosesEverything(t *testing.T) {
 		"no descriptor":           {adopt(one), nil},
 		"too few":                 {adopt(one, Item{Ref: Ref{ID: 2}}), []int{tcp()}},
 		"too many":                {adopt(one), []int{tcp(), tcp()}},
+		"MARKS without memory":    {enc(&Message{Type: TypeMarks}), nil},
+		"MARKS with too much":     {enc(&Message{Type: TypeMarks}), []int{memFD(t, nil), memFD(t, nil)}},
 		"where none belongs":      {enc(&Message{Type: TypePing}), []int{tcp()}},
 		"no socket":               {adopt(one), []int{memFD(t, []byte("x"))}},
 		"a UDP socket":            {adopt(one), []int{udp()}},

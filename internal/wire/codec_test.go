@@ -63,6 +63,8 @@ func samples() []*Message {
 		{Type: TypeBegin},
 		{Type: TypeSettled},
 		{Type: TypeKeys, Items: []Item{{Ref: r, Cargo: Cargo{Record: []byte("secrets")}}}},
+		{Type: TypeHello, Hello: &Hello{Min: 1, Max: 1, PID: 4711, Able: AbleMarks}},
+		{Type: TypeMarks},
 	}
 }
 
@@ -130,7 +132,7 @@ func TestDecodeRefuses(t *testing.T) {
 	for name, v := range map[string]any{
 		"no map":                       []int{1},
 		"no type":                      m{},
-		"unknown type":                 m{0: 32},
+		"unknown type":                 m{0: 200},
 		"type out of range":            m{0: 300},
 		"text for a number":            m{0: "FREEZE"},
 		"too many refs":                m{0: 7, 5: many},

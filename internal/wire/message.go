@@ -78,6 +78,8 @@ const (
 	TypeContinue   Type = 30 // S>W: the next key is set, write on
 	TypeUpdate     Type = 31 // S>W: software layer: send a KeyUpdate yourself; the answer is SENT
 
+	TypeMarks Type = 32 // S>W: memory for saying which sessions are being handled; see marks.go
+
 	// Between two processes of a program that is its own supervisor (handoff.Upgrader).
 	TypeBegin   Type = 41 // S>W: the old process accepts no more: accept
 	TypeSettled Type = 42 // S>W: what could be moved has been: take over
@@ -93,8 +95,8 @@ var typeNames = map[Type]string{
 	TypeGrouped: "GROUPED", TypeStop: "STOP", TypePing: "PING", TypePong: "PONG",
 	TypeKeyUpdate: "KEY_UPDATE", TypeRekeyed: "REKEYED", TypeWantUpdate: "WANT_UPDATE",
 	TypePause: "PAUSE", TypePaused: "PAUSED", TypeSend: "SEND", TypeSent: "SENT",
-	TypeContinue: "CONTINUE", TypeUpdate: "UPDATE",
 	TypeBegin: "BEGIN", TypeSettled: "SETTLED", TypeKeys: "KEYS",
+	TypeContinue: "CONTINUE", TypeUpdate: "UPDATE", TypeMarks: "MARKS",
 }
 
 func (t Type) String() string {
@@ -179,6 +181,8 @@ type Hello struct {
 	Name    string   `cbor:"4,keyasint,omitempty"` // program and version, for people
 	Schemas []Schema `cbor:"5,keyasint,omitempty"`
 	Rekey   bool     `cbor:"6,keyasint,omitempty"` // it knows the messages about changes of keys
+	// Able is what else it can do; bits that this version does not know mean nothing.
+	Able Abilities `cbor:"7,keyasint,omitempty"`
 }
 
 // Welcome is the supervisor's answer to Hello.
@@ -212,12 +216,19 @@ const (
 	ReasonOperator   Reason = 8 // CLOSE or STOP
 	ReasonLayer      Reason = 9 // the record state was in doubt (I5)
 	reasonMax               = ReasonLayer
+
+	// Of the supervisor only.
+	ReasonPoison Reason = 10 // workers died over it, again and again
+
+	// LastReason is the highest of all.
+	LastReason = ReasonPoison
 )
 
 var reasonNames = [...]string{0: "unknown", ReasonPeer: "peer closed", ReasonOwner: "application closed",
 	ReasonPeerAbrupt: "peer went away without close_notify", ReasonProtocol: "TLS protocol error",
 	ReasonKeyUpdate: "key update on a kernel that cannot rekey", ReasonKeyLimit: "limit of use of the key",
-	ReasonHandler: "handler failed", ReasonOperator: "operator", ReasonLayer: "record state in doubt"}
+	ReasonHandler: "handler failed", ReasonOperator: "operator", ReasonLayer: "record state in doubt",
+	ReasonPoison: "poison"}
 
 func (r Reason) String() string {
 	if int(r) < len(reasonNames) {
@@ -293,4 +304,8 @@ type Message struct {
 	Millis  int64     `cbor:"13,keyasint,omitempty"` // STOP: time to end the sessions
 	Drain   bool      `cbor:"14,keyasint,omitempty"` // STOP: leave when no session is left, end none
 	Rekeys  []Rekey   `cbor:"15,keyasint,omitempty"` // KEY_UPDATE REKEYED WANT_UPDATE PAUSE PAUSED SEND SENT CONTINUE UPDATE
+
+	// File is the memory file of MARKS, the message's one descriptor. The holder of the
+	// message owns it.
+	File int `cbor:"-"`
 }
