@@ -68,10 +68,10 @@ func (c *Channel) shut() {
 	sys.CloseAll([]int{fd})
 }
 
-// fill sends harmless messages until the peer's queue takes no more. PING is from a
-// supervisor, and a reply to an inventory that nobody asked for from a worker.
+// fill sends harmless messages until the peer's queue takes no more. CLOSED_ACK of nothing
+// is from a supervisor, and a reply to an inventory that nobody asked for from a worker.
 func (c *Channel) fill(t Type) {
-	m := &Message{Type: TypePing, Nonce: 1}
+	m := &Message{Type: TypeClosedAck}
 	switch t {
 	case TypeHello, TypeReady, TypeParked, TypeAdopted, TypeRefused, TypeClosed, TypeInventoryReply, TypeGroup, TypePong,
 		TypeKeyUpdate, TypeWantUpdate, TypePaused, TypeSent:
