@@ -3,7 +3,6 @@ package handoff
 import (
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
@@ -104,11 +103,11 @@ func (w *worker) adoptOne(it *wire.Item) error {
 		return fmt.Errorf("session %d: %w", it.ID, err)
 	}
 	c := newConn(w, it.ID, t)
-	c.app = slices.Clone(it.Cargo.App) // a part of the whole message, which it would keep
+	c.app = it.Cargo.App
 	c.restored = it.Flags&(wire.FlagRestored|wire.FlagInterrupted) != 0
 	c.interrupted = it.Flags&wire.FlagInterrupted != 0
 	s := &session{id: it.ID, owner: it.Epoch, seen: it.Epoch, phase: phaseAdopted, conn: c, group: it.Group,
-		resting: it.Flags&wire.FlagResting != 0}
+		resting: it.Flags&wire.FlagResting != 0 && w.rest != nil}
 	c.s = s
 	w.relayed(s, t)
 	w.sessions[it.ID] = s

@@ -393,7 +393,7 @@ func (p *proc) parked(s *sess, e wire.Epoch) {
 	if len(m.Items) != 1 || m.Items[0].Ref != s.ref(e) {
 		p.t.Fatalf("PARKED %+v, want %+v", m.Items, s.ref(e))
 	}
-	s.cargo, s.flags = m.Items[0].Cargo, wire.FlagRestored
+	s.cargo, s.flags = m.Items[0].Cargo, wire.FlagRestored|m.Items[0].Flags // as the supervisor passes it on
 }
 
 // move is the whole way from one worker to another.

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
 // A session at rest is phaseIdle: ours, with no handler. What makes it different from
@@ -16,6 +17,7 @@ type rest struct {
 	watch *sys.Watch
 	tick  *time.Ticker
 	trim  sys.Trim
+	left  int // sessions that left and are still watched
 }
 
 // startRest begins giving sessions a rest, if the program wants that.
@@ -161,9 +163,33 @@ func (w *worker) awake(s *session) {
 	s.asleep, s.resting = false, false
 }
 
-// watched runs f on the descriptor of the session.
-func (c *Conn) watched(f func(fd int) error) error {
-	rc, err := c.session().Socket().SyscallConn()
+// leaves is awake for a session that is to be parked. The kernel goes on watching it:
+// taking it out takes longer than anything else that parking does, and as a rule this
+// process ends soon. At most one more event comes of that, which nobody waits for; what
+// returns is put in anew.
+func (w *worker) leaves(s *session) {
+	s.watched = s.watched || s.asleep
+	s.asleep, s.resting = false, false
+}
+
+// maxWatched bounds what the kernel watches for nothing, some 200 bytes each.
+const maxWatched = 1 << 16
+
+// unwatch is for a session that has left, whose descriptor is about to be closed: as long
+// as others have duplicates, that alone does not end the watching.
+func (w *worker) unwatch(s *session) {
+	if s.watched && w.rest != nil {
+		if w.rest.left++; w.rest.left > maxWatched {
+			_ = watched(s.kept.sock, w.rest.watch.Remove)
+		}
+	}
+}
+
+func (c *Conn) watched(f func(fd int) error) error { return watched(c.session().Socket(), f) }
+
+// watched runs f on the descriptor of a socket.
+func watched(sock ktls.Socket, f func(fd int) error) error {
+	rc, err := sock.SyscallConn()
 	if err != nil {
 		return err
 	}

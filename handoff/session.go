@@ -58,6 +58,7 @@ type session struct {
 	conn    *Conn
 	resting bool  // its handler was asked to return for a rest, or has
 	asleep  bool  // it waits for input; see rest.go
+	watched bool  // it may still be in the set of rest.go although it does not rest
 	kept    *kept // in phaseParked
 	group   string
 	join    *join
@@ -193,7 +194,7 @@ func (w *worker) park(s *session) {
 		return
 	}
 	rested := s.asleep
-	w.awake(s)
+	w.leaves(s)
 	s.phase = phaseParking
 	if rested { // most often nobody uses it, and there is nothing to wait for
 		if k, err, done := s.conn.tryDetach(); done {
@@ -344,6 +345,7 @@ func (w *worker) forget(s *session) {
 	delete(w.sessions, s.id)
 	w.marks.take(s.conn)
 	if s.kept != nil {
+		w.unwatch(s)
 		s.kept.drop()
 		s.kept = nil
 	} else {

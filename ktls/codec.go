@@ -118,9 +118,10 @@ func cborBytesHead(b, v []byte) []byte {
 	return plaincbor.AppendHead(b, plaincbor.Bytes, uint64(len(v)))
 }
 
-// decode fills an empty r; false means that b is for the general decoder, and r is of no
+// read fills an empty d; false means that b is for the general decoder, and d is of no
 // use.
-func (r *record) decode(b []byte) bool {
+func (d *decodedRecord) read(b []byte) bool {
+	r := &d.record
 	in := plaincbor.NewReader(b)
 	in.Map(func(key uint64) {
 		switch key {
@@ -131,9 +132,11 @@ func (r *record) decode(b []byte) bool {
 		case 3:
 			r.Layer = Layer(in.Uint(math.MaxUint8))
 		case 4:
-			r.TX = readKeys(&in)
+			r.TX = &d.tx
+			d.tx.read(&in)
 		case 5:
-			r.RX = readKeys(&in)
+			r.RX = &d.rx
+			d.rx.read(&in)
 		case 6:
 			r.Raw = in.Bytes()
 		case 7:
@@ -192,8 +195,7 @@ func (r *record) decode(b []byte) bool {
 	return true
 }
 
-func readKeys(r *plaincbor.Reader) *keys {
-	k := new(keys)
+func (k *keys) read(r *plaincbor.Reader) {
 	r.Map(func(key uint64) {
 		switch key {
 		case 1:
@@ -210,7 +212,6 @@ func readKeys(r *plaincbor.Reader) *keys {
 			r.Bad = true
 		}
 	})
-	return k
 }
 
 // decode is that of facts without certificates and what belongs to them.

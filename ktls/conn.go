@@ -30,7 +30,7 @@ type Conn struct {
 	layer         recordLayer
 	facts         *facts // never modified
 	p             params
-	local, remote net.Addr
+	local, remote net.Addr // nil: as the facts have it
 
 	rmu      sync.Mutex // reading; taken before wmu where both are needed
 	rerr     error      // final; what rxEnd says in the words of Read
@@ -188,7 +188,7 @@ func (c *Conn) opError(op string, err error) error {
 	if errors.Is(err, net.ErrClosed) {
 		return net.ErrClosed
 	}
-	return &net.OpError{Op: op, Net: "tcp", Source: c.local, Addr: c.remote, Err: err}
+	return &net.OpError{Op: op, Net: "tcp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: err}
 }
 
 func (c *Conn) noteBuffered() { note(&c.buffered, len(c.unread)+c.layer.buffered()) }
@@ -448,10 +448,20 @@ func (c *Conn) LayerReason() string { return c.facts.Reason }
 func (c *Conn) ConnectionState() tls.ConnectionState { return c.facts.connectionState() }
 
 // LocalAddr returns the address of this end.
-func (c *Conn) LocalAddr() net.Addr { return c.local }
+func (c *Conn) LocalAddr() net.Addr {
+	if c.local == nil {
+		return addrOf(c.facts.Local)
+	}
+	return c.local
+}
 
 // RemoteAddr returns the peer's address.
-func (c *Conn) RemoteAddr() net.Addr { return c.remote }
+func (c *Conn) RemoteAddr() net.Addr {
+	if c.remote == nil {
+		return addrOf(c.facts.Remote)
+	}
+	return c.remote
+}
 
 // SetDeadline sets both deadlines.
 func (c *Conn) SetDeadline(t time.Time) error {
@@ -490,9 +500,8 @@ func (c *Conn) addresses() error {
 		c.local, c.remote = tc.LocalAddr(), tc.RemoteAddr()
 		return nil
 	}
-	var ok bool
-	if c.local, c.remote, ok = c.facts.addresses(); ok {
-		return nil
+	if c.facts.hasAddresses() {
+		return nil // LocalAddr and RemoteAddr take them from there
 	}
 	rc, err := c.sock.SyscallConn()
 	if err != nil {
@@ -510,7 +519,7 @@ func (c *Conn) addresses() error {
 	if remote != nil {
 		c.remote = remote
 	} else {
-		c.remote = c.facts.remoteAddr()
+		c.remote = addrOf(c.facts.Remote)
 	}
 	if err != nil && !errors.Is(err, sys.ENOTCONN) {
 		return fmt.Errorf("session socket: %w", err)

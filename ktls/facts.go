@@ -142,27 +142,22 @@ func (f *facts) connectionState() tls.ConnectionState {
 	return cs
 }
 
-// remoteAddr is the peer's address as the handshake saw it, for a socket that no
-// longer knows.
-func (f *facts) remoteAddr() net.Addr {
-	ap, err := netip.ParseAddrPort(f.Remote)
+// addrOf is an address as the handshake saw it.
+func addrOf(text string) net.Addr {
+	ap, err := netip.ParseAddrPort(text)
 	if err != nil {
 		return &net.TCPAddr{}
 	}
 	return net.TCPAddrFromAddrPort(ap)
 }
 
-// addresses are both ends as the handshake saw them; ok is false when one is not known.
-func (f *facts) addresses() (local, remote net.Addr, ok bool) {
-	l, err := netip.ParseAddrPort(f.Local)
-	if err != nil {
-		return nil, nil, false
+func (f *facts) hasAddresses() bool {
+	for _, text := range []string{f.Local, f.Remote} {
+		if _, err := netip.ParseAddrPort(text); err != nil {
+			return false
+		}
 	}
-	r, err := netip.ParseAddrPort(f.Remote)
-	if err != nil {
-		return nil, nil, false
-	}
-	return net.TCPAddrFromAddrPort(l), net.TCPAddrFromAddrPort(r), true
+	return true
 }
 
 func (f *facts) params() params {
@@ -231,7 +226,7 @@ func decodeFacts(b []byte) (*facts, error) {
 	}
 	f := &facts{}
 	if !f.decode(b) {
-		*f = facts{}
+		*f = facts{} // what was read of it so far
 		if err := cborDecode.Unmarshal(b, f); err != nil {
 			return nil, err
 		}

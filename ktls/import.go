@@ -35,8 +35,9 @@ func importSession(sock Socket, factsData, recordData []byte) (*Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("facts: %w", err)
 	}
-	r, err := decodeRecord(recordData)
-	if err != nil {
+	var d decodedRecord
+	r := &d.record
+	if err := d.decode(recordData); err != nil {
 		return nil, fmt.Errorf("record: %w", err)
 	}
 	defer r.TX.wipe()
@@ -60,21 +61,27 @@ func importSession(sock Socket, factsData, recordData []byte) (*Conn, error) {
 	return c, nil
 }
 
-func decodeRecord(b []byte) (*record, error) {
+// decodedRecord is a record with a place for its keys.
+type decodedRecord struct {
+	record
+	tx, rx keys
+}
+
+func (d *decodedRecord) decode(b []byte) error {
 	if len(b) > maxRecord {
-		return nil, fmt.Errorf("%d bytes, the limit is %d", len(b), maxRecord)
+		return fmt.Errorf("%d bytes, the limit is %d", len(b), maxRecord)
+	}
+	if d.read(b) {
+		return nil
 	}
 	r := &record{}
-	if r.decode(b) {
-		return r, nil
-	}
-	*r = record{}
 	if err := cborDecode.Unmarshal(b, r); err != nil {
 		r.TX.wipe()
 		r.RX.wipe()
-		return nil, err
+		return err
 	}
-	return r, nil
+	d.record = *r
+	return nil
 }
 
 // check checks everything but keys, which the layer's constructor does.

@@ -157,22 +157,22 @@ func (c *Conn) detachLocked() (Socket, *State, error) {
 		return nil, nil, net.ErrClosed
 	}
 	if c.Lent() {
-		return nil, nil, fmt.Errorf("session %s: %w", c.remote, ErrLent)
+		return nil, nil, fmt.Errorf("session %s: %w", c.RemoteAddr(), ErrLent)
 	}
 	if f := c.fatal.Load(); f != nil {
-		return nil, nil, fmt.Errorf("session %s has ended: %w", c.remote, *f)
+		return nil, nil, fmt.Errorf("session %s has ended: %w", c.RemoteAddr(), *f)
 	}
 	if c.werr != nil && c.txEnd == endOpen {
-		return nil, nil, fmt.Errorf("session %s has ended: %w", c.remote, c.werr)
+		return nil, nil, fmt.Errorf("session %s has ended: %w", c.RemoteAddr(), c.werr)
 	}
 	if lost := c.lost.Load(); lost != nil { // the socket will not say it to a new owner
-		return nil, nil, fmt.Errorf("session %s has ended: %w", c.remote, *lost)
+		return nil, nil, fmt.Errorf("session %s has ended: %w", c.RemoteAddr(), *lost)
 	}
 	if err := c.layer.broken(); err != nil {
 		// The socket has forgotten the error; a new owner would wait for ever.
 		_ = c.readFailed(err)
 		_ = c.payOwed(false) // the alert; what does not go out now stays owed until Close
-		return nil, nil, fmt.Errorf("session %s has ended: %w", c.remote, c.readEnd())
+		return nil, nil, fmt.Errorf("session %s has ended: %w", c.RemoteAddr(), c.readEnd())
 	}
 	if !c.markClosed() {
 		return nil, nil, net.ErrClosed

@@ -23,6 +23,15 @@ const (
 	craftSuite   = tls.TLS_AES_128_GCM_SHA256
 )
 
+// craftEncoding writes the keys of maps in their order, as ktls does.
+var craftEncoding = func() cbor.EncMode {
+	m, err := cbor.CoreDetEncOptions().EncMode()
+	if err != nil {
+		panic(err) // constant options
+	}
+	return m
+}()
+
 // craftSecret is one of a session's secrets, or its id.
 func craftSecret(what string, client net.Addr) []byte {
 	h := sha256.Sum256([]byte(what + " " + client.String()))
@@ -49,14 +58,14 @@ func crafted(client, local, remote net.Addr, isClient, kernel bool) (facts, reco
 	if !kernel {
 		r[4], r[5] = map[int]any{1: send}, map[int]any{1: receive}
 	}
-	if facts, err = cbor.Marshal(f); err != nil {
+	if facts, err = craftEncoding.Marshal(f); err != nil {
 		return nil, nil, nil, err
 	}
-	if record, err = cbor.Marshal(r); err != nil {
+	if record, err = craftEncoding.Marshal(r); err != nil {
 		return nil, nil, nil, err
 	}
 	if kernel {
-		secrets, err = cbor.Marshal(map[int]any{1: 1, 2: id, 3: craftVersion, 4: craftSuite,
+		secrets, err = craftEncoding.Marshal(map[int]any{1: 1, 2: id, 3: craftVersion, 4: craftSuite,
 			5: map[int]any{1: send}, 6: map[int]any{1: receive}})
 	}
 	return facts, record, secrets, err

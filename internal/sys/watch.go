@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
 
@@ -17,6 +18,9 @@ type Watch struct {
 	f      *os.File
 	rc     syscall.RawConn
 	closed atomic.Bool
+
+	mu sync.RWMutex // read-locked while ep is used
+	ep int          // -1 once closed
 
 	events [128]unix.EpollEvent // of Wait
 	ready  []uint64
@@ -33,7 +37,7 @@ func NewWatch() (*Watch, error) {
 		_ = unix.Close(ep)
 		return nil, fmt.Errorf("epoll instance: %w", err)
 	}
-	w := &Watch{f: os.NewFile(uintptr(ep), "epoll")}
+	w := &Watch{f: os.NewFile(uintptr(ep), "epoll"), ep: ep}
 	if w.rc, err = w.f.SyscallConn(); err != nil {
 		_ = w.f.Close()
 		return nil, fmt.Errorf("epoll instance: %w", err)
@@ -63,11 +67,15 @@ func (w *Watch) Remove(fd int) error {
 }
 
 func (w *Watch) control(op, fd int, e *unix.EpollEvent) error {
-	var err error
-	if cerr := w.rc.Control(func(ep uintptr) { err = unix.EpollCtl(int(ep), op, fd, e) }); cerr != nil {
-		return w.rawError(cerr)
+	w.mu.RLock()
+	defer w.mu.RUnlock()
+	if w.ep < 0 {
+		return os.ErrClosed
 	}
-	return os.NewSyscallError("epoll_ctl", err)
+	if err := unix.EpollCtl(w.ep, op, fd, e); err != nil {
+		return os.NewSyscallError("epoll_ctl", err)
+	}
+	return nil
 }
 
 // Wait gives the ids of descriptors with input; the slice is good until the next call.
@@ -106,5 +114,8 @@ func (w *Watch) rawError(err error) error {
 // Close ends Wait.
 func (w *Watch) Close() error {
 	w.closed.Store(true)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.ep = -1
 	return w.f.Close()
 }

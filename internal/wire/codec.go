@@ -1,7 +1,6 @@
 package wire
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"strings"
@@ -64,7 +63,7 @@ func Decode(b []byte) (*Message, error) {
 	if len(b) > sys.MaxPacket {
 		return nil, fmt.Errorf("%w: message of %d bytes, the limit is %d", ErrProtocol, len(b), sys.MaxPacket)
 	}
-	m := decodeMessage(bytes.Clone(b)) // byte strings of the message are parts of it
+	m := decodeMessage(b)
 	if m == nil {
 		m = new(Message)
 		if err := decMode.Unmarshal(b, m); err != nil {

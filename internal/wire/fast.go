@@ -94,7 +94,6 @@ func (c *Cargo) append(b []byte) []byte {
 }
 
 // decodeMessage reads what appendMessage writes; nil if b is for the general decoder.
-// Byte strings of the result are parts of b.
 func decodeMessage(b []byte) *Message {
 	m := new(Message)
 	in := plaincbor.NewReader(b)
@@ -168,4 +167,16 @@ func (c *Cargo) read(in *plaincbor.Reader) {
 			in.Bad = true
 		}
 	})
+	// Two copies: what is used up at once, and what the application keeps.
+	n := len(c.Facts)
+	both := append(append(make([]byte, 0, n+len(c.Record)), c.Facts...), c.Record...)
+	if c.Facts != nil {
+		c.Facts = both[:n:n]
+	}
+	if c.Record != nil {
+		c.Record = both[n:]
+	}
+	if c.App != nil {
+		c.App = append(make([]byte, 0, len(c.App)), c.App...)
+	}
 }
