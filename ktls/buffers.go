@@ -25,17 +25,13 @@ const (
 
 type buffer struct {
 	b []byte // full length
-
-	// Of a chunk in an arena: its first page, and its size in chunkSizes.
-	page  uint32
-	class uint8
 }
 
 var (
-	smallPool = sync.Pool{New: func() any { return &buffer{b: make([]byte, smallBuf)} }}
-	midPool   = sync.Pool{New: func() any { return &buffer{b: make([]byte, midBuf)} }}
-	bigPool   = sync.Pool{New: func() any { return &buffer{b: make([]byte, bigBuf)} }}
-	sendPool  = sync.Pool{New: func() any { return &buffer{b: make([]byte, sendBuf)} }}
+	smallPool = sync.Pool{New: func() any { return &buffer{make([]byte, smallBuf)} }}
+	midPool   = sync.Pool{New: func() any { return &buffer{make([]byte, midBuf)} }}
+	bigPool   = sync.Pool{New: func() any { return &buffer{make([]byte, bigBuf)} }}
+	sendPool  = sync.Pool{New: func() any { return &buffer{make([]byte, sendBuf)} }}
 )
 
 // getBuffer returns a buffer of at least n bytes with unspecified content.
@@ -50,7 +46,7 @@ func getBuffer(n int) *buffer {
 	case n <= sendBuf:
 		return sendPool.Get().(*buffer)
 	}
-	return &buffer{b: make([]byte, n)}
+	return &buffer{make([]byte, n)}
 }
 
 func putBuffer(b *buffer) {

@@ -169,7 +169,6 @@ func (c *Conn) handleHandshake(data []byte) error {
 	if err := c.handleMessages(); err != nil {
 		return err
 	}
-	c.holdMessage()
 	if first == msgKeyUpdate && c.rxGen == gen && c.layer.canRekey() {
 		if err := c.layer.rearm(); err != nil {
 			return c.endCleanly(fmt.Errorf("%w: %w", ErrKeyUpdateUnsupported, err))
@@ -237,9 +236,6 @@ func (c *Conn) handleMessage(typ byte, body []byte) error {
 	}
 	// TLS 1.2 renegotiation, asked for by either role: the session goes on without
 	// (RFC 5246 section 7.2.2).
-	if p := c.place.Load(); p != nil {
-		p.renegs.Add(1)
-	}
 	c.owed.Or(owedNoReneg)
 	return nil
 }
@@ -255,11 +251,6 @@ func (c *Conn) handleKeyUpdate(request byte) error {
 		return c.endCleanly(ErrKeyUpdateUnsupported)
 	}
 	if c.rel == nil {
-		if request == 1 {
-			if p := c.place.Load(); p != nil {
-				p.updates.Add(1)
-			}
-		}
 		if err := c.layer.rekeyRead(); err != nil {
 			return c.fail(alertInternalError, fmt.Sprintf("next receiving key: %v", err))
 		}

@@ -10,7 +10,8 @@
 //     since the fault before it was carried out. No plan: nothing happens.
 //   - fired-I: made by the process that carries out fault I, with its pid in it.
 //   - go-I: made by whoever watches, to let a process go on that holds at fault I.
-//   - trace: when it is there, each step passed is appended as a line "ROLE STEP".
+//   - trace: when it is there, each step passed is appended as a line "ROLE STEP",
+//     and "ROLE FIRED" for each fault that is carried out.
 //
 // The roles are keeper, supervisor, successor (a supervisor that another one started)
 // and, for a worker, the name of its program up to the first dot: a test gives its

@@ -112,6 +112,7 @@ func due(step string) (i int, action string) {
 		}
 		_, _ = fmt.Fprintf(f, "%d\n", os.Getpid())
 		_ = f.Close()
+		trace("FIRED")
 		return i, w[3]
 	}
 	return 0, ""
@@ -149,16 +150,39 @@ func carryOut(i int, action string) Verdict {
 	return Verdict{}
 }
 
-// noFile leaves this process without room for another descriptor for a while.
+// noFile leaves this process without room for another descriptor for a while: the limit
+// goes down to what is open, and what is free below it is taken.
 func noFile() {
 	var was syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &was); err != nil {
 		return
 	}
+	list, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return
+	}
 	now := was
-	now.Cur = 0 // what is open stays open
+	now.Cur = 3
+	for _, e := range list {
+		if n, err := strconv.ParseUint(e.Name(), 10, 32); err == nil {
+			now.Cur = max(now.Cur, n+1)
+		}
+	}
 	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &now); err != nil {
 		return
 	}
-	time.AfterFunc(noFileTime, func() { _ = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &was) })
+	var taken []int
+	for {
+		fd, err := syscall.Open("/dev/null", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+		if err != nil {
+			break
+		}
+		taken = append(taken, fd)
+	}
+	time.AfterFunc(noFileTime, func() {
+		_ = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &was)
+		for _, fd := range taken {
+			_ = syscall.Close(fd)
+		}
+	})
 }

@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/fault"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
@@ -82,6 +83,7 @@ func (c *channel) receive(requests chan<- request, stop <-chan struct{}) error {
 	answers := make(chan answer, 1)
 	for {
 		r := request{ch: c, answer: answers}
+		fault.Step("before-recv")
 		n, fds, err := c.conn.Recv(buf)
 		switch {
 		case errors.Is(err, sys.ErrControlTruncated):
@@ -110,6 +112,7 @@ func (c *channel) receive(requests chan<- request, stop <-chan struct{}) error {
 			return a.fatal
 		}
 		a.msg.ID, a.msg.Op = r.msg.ID, opReply
+		fault.Step("before-reply")
 		if err := c.reply(a); err != nil {
 			return err
 		}

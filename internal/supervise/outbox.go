@@ -171,5 +171,12 @@ func (o *outbox) send(m *wire.Message) error {
 	if len(out.Items) == 0 && len(out.Blobs) == 0 && !out.Last {
 		return nil
 	}
-	return o.ch.Send(&out)
+	err = o.ch.Send(&out)
+	if wire.Shortage(err) {
+		for i := range out.Items {
+			o.missing(out.Items[i].Ref)
+		}
+		return nil
+	}
+	return err
 }

@@ -2,6 +2,7 @@ package supervise
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 
@@ -12,6 +13,12 @@ import (
 // keeperTimeout bounds one exchange with the keeper. The keeper does nothing that
 // waits, so running into this means that the machine is stuck or the keeper dead.
 const keeperTimeout = 30 * time.Second
+
+// How often, and how far apart, a delete is asked for.
+const (
+	deleteTries = 10
+	deletePause = 50 * time.Millisecond
+)
 
 // store is what the supervisor needs of the keeper while it serves.
 type store interface {
@@ -165,6 +172,11 @@ func (r *retainer) carryOut(batch []order) {
 				keys[i] = run[i].del
 			}
 			err = r.client.Delete(ctx, keys...)
+			for tries := 1; tries < deleteTries && err != nil && !errors.Is(err, keeper.ErrClosed); tries++ {
+				// Nothing else would ever close those descriptors.
+				time.Sleep(deletePause)
+				err = r.client.Delete(ctx, keys...)
+			}
 		}
 		cancel()
 		for i := range run {

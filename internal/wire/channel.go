@@ -3,6 +3,8 @@ package wire
 import (
 	"errors"
 	"fmt"
+	"syscall"
+	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/fault"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
@@ -37,8 +39,35 @@ func (c *Channel) Conn() *sys.PacketConn { return c.pc }
 
 // Send sends m, whose sockets (ADOPT) are duplicated into the message: the caller
 // keeps its own. Cargoes and blobs larger than MaxInline go into memory files. It
-// waits in the poller, never in the kernel, while the peer does not read.
+// waits in the poller, never in the kernel, while the peer does not read, and tries
+// again for up to ShortageLimit when the machine is short of something.
 func (c *Channel) Send(m *Message) error {
+	for began := time.Now(); ; time.Sleep(shortagePause) {
+		err := c.try(m)
+		if !Shortage(err) || time.Since(began) > ShortageLimit {
+			return err
+		}
+	}
+}
+
+// ShortageLimit is how long a shortage may last. Nothing tells when it is over.
+const (
+	ShortageLimit = 2 * time.Second
+	shortagePause = 10 * time.Millisecond
+)
+
+// Shortage says that an error of Send is about memory or descriptors, which others may
+// give back: nothing was sent, and neither the message nor the channel is to blame.
+func Shortage(err error) bool {
+	for _, e := range []error{syscall.ENOBUFS, syscall.ENOMEM, syscall.EMFILE, syscall.ENFILE, syscall.ETOOMANYREFS} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+func (c *Channel) try(m *Message) error {
 	if fault.Enabled {
 		return c.sendFaulty(m)
 	}

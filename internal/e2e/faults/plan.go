@@ -1,0 +1,73 @@
+package faults
+
+import (
+	"slices"
+	"strings"
+)
+
+// actions lists what can go wrong at a step, by what kind of step it is.
+func actions(s Step) []string {
+	word, rest, _ := strings.Cut(s.Name, "-")
+	switch {
+	case s.Role == "keeper": // it is not meant to die, only to be short of something
+		return []string{"stop", "delay", "nofile"}
+	case strings.HasPrefix(s.Name, "before-send-"):
+		list := []string{"kill", "stop", "close", "drop", "delay", "repeat", "fill", "fail=ENOBUFS"}
+		if s.Name == "before-send-ADOPT" || s.Name == "before-send-PARKED" {
+			list = append(list, "fail=ETOOMANYREFS", "nofile")
+		}
+		return append(list, PeerClose, PeerReset, PeerHalf)
+	case strings.HasPrefix(s.Name, "after-send-READY"):
+		return []string{"kill", "stop", "close", "nofile"} // without room for the sockets to come
+	case strings.HasPrefix(s.Name, "after-send-"):
+		return []string{"kill", "stop", "close"}
+	case word == "recv":
+		return []string{"kill", "stop", "close", PeerReset}
+	case word == "handled":
+		return []string{"kill"}
+	case strings.HasPrefix(rest, "keeper-put") && word == "before":
+		return []string{"kill", "stop", "fail=ETOOMANYREFS", "nofile"}
+	case strings.HasPrefix(rest, "keeper-") && word == "before":
+		return []string{"kill", "stop", "fail=EMFILE", "nofile"}
+	case strings.HasPrefix(rest, "set-key") && word == "before":
+		return []string{"kill", "stop", "fail=EBUSY", KillOld}
+	case rest == "memfd":
+		return []string{"kill", "fail=EMFILE", "fail=ENOMEM", "nofile"}
+	case rest == "import":
+		return []string{"kill", "stop", "nofile"}
+	case strings.HasSuffix(s.Name, "-ledger"):
+		return []string{"kill", "stop", KillOld, KillNew}
+	default:
+		return []string{"kill", "stop"}
+	}
+}
+
+// dropped names messages whose loss nobody can notice, so that they are not dropped: the
+// socket that carries them loses none. What the loss of one costs is in docs/faults.md.
+var dropped = []string{}
+
+// Cases makes the cases of an operation from the steps that a run of it has passed. every
+// step fails when it is passed for the first time; with twice set also when it is passed
+// for the second time.
+func Cases(op string, steps []Step, twice bool) []Case {
+	var list []Case
+	for _, s := range steps {
+		if s.Role == "keeper" && s.Name == "before-reply" {
+			continue
+		}
+		for _, a := range actions(s) {
+			message := strings.TrimPrefix(s.Name, "before-send-")
+			switch {
+			case a == "drop" && slices.Contains(dropped, message):
+				continue
+			case a == KillNew && op != Upgrade && op != Restart:
+				continue
+			}
+			list = append(list, Case{op, Fault{s.Role, s.Name, 1, a}})
+			if twice && s.Count > 1 && (a == "kill" || a == "stop") {
+				list = append(list, Case{op, Fault{s.Role, s.Name, 2, a}})
+			}
+		}
+	}
+	return list
+}
