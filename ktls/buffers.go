@@ -25,13 +25,17 @@ const (
 
 type buffer struct {
 	b []byte // full length
+
+	// Of a chunk in an arena: its first page, and its size in chunkSizes.
+	page  uint32
+	class uint8
 }
 
 var (
-	smallPool = sync.Pool{New: func() any { return &buffer{make([]byte, smallBuf)} }}
-	midPool   = sync.Pool{New: func() any { return &buffer{make([]byte, midBuf)} }}
-	bigPool   = sync.Pool{New: func() any { return &buffer{make([]byte, bigBuf)} }}
-	sendPool  = sync.Pool{New: func() any { return &buffer{make([]byte, sendBuf)} }}
+	smallPool = sync.Pool{New: func() any { return &buffer{b: make([]byte, smallBuf)} }}
+	midPool   = sync.Pool{New: func() any { return &buffer{b: make([]byte, midBuf)} }}
+	bigPool   = sync.Pool{New: func() any { return &buffer{b: make([]byte, bigBuf)} }}
+	sendPool  = sync.Pool{New: func() any { return &buffer{b: make([]byte, sendBuf)} }}
 )
 
 // getBuffer returns a buffer of at least n bytes with unspecified content.
@@ -46,7 +50,7 @@ func getBuffer(n int) *buffer {
 	case n <= sendBuf:
 		return sendPool.Get().(*buffer)
 	}
-	return &buffer{make([]byte, n)}
+	return &buffer{b: make([]byte, n)}
 }
 
 func putBuffer(b *buffer) {

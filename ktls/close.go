@@ -83,6 +83,7 @@ func (c *Conn) Close() error {
 	c.rmu.Lock()
 	c.wmu.Lock()
 	c.layer.wipe()
+	c.place.Store(nil)
 	c.secrets.wipe()
 	c.dropTickets()
 	c.unread, c.hand, c.queued = nil, nil, nil
@@ -122,7 +123,7 @@ func (c *Conn) sayGoodbye() {
 		if c.mayUse(usage(len(chunk))) != nil {
 			return
 		}
-		n, err := c.layer.write(chunk)
+		n, err := c.writeQueued(chunk)
 		if err != nil {
 			return
 		}

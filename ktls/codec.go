@@ -62,6 +62,8 @@ func (r *record) encode(b []byte) []byte {
 	num(24, uint64(r.Handshakes))
 	num(25, r.Wire)
 	num(26, r.WireSeq)
+	num(27, r.RXPos)
+	num(28, r.TXPos)
 	if n < 24 { // the short form
 		b = append(b[:start+1], b[start+2:]...)
 		b[start] = 0xa0 | n
@@ -177,6 +179,10 @@ func (d *decodedRecord) read(b []byte) bool {
 			r.Wire = in.Uint(math.MaxUint64)
 		case 26:
 			r.WireSeq = in.Uint(math.MaxUint64)
+		case 27:
+			r.RXPos = in.Uint(math.MaxUint64)
+		case 28:
+			r.TXPos = in.Uint(math.MaxUint64)
 		default:
 			in.Bad = true
 		}

@@ -57,6 +57,7 @@ type Conn struct {
 	asked     atomic.Uint32         // KeyUpdates we requested and have not seen
 	fatal     atomic.Pointer[error] // ends both directions
 	lost      atomic.Pointer[error] // the connection's, see noteLost
+	place     atomic.Pointer[Place] // the journal's, nil when there is none
 	closed    atomic.Bool           // by Close or Detach; set under dmu
 	dmu       sync.Mutex            // deadlines, which nobody changes once closed
 	secrets   *secrets              // kernel layer, in a process that has them
@@ -101,6 +102,7 @@ func (c *Conn) read(p []byte) (int, error) {
 	if len(c.unread) > 0 {
 		n := copy(p, c.unread)
 		c.unread = c.unread[n:]
+		c.tookUnread(p[:n])
 		if len(c.unread) == 0 {
 			c.unread = nil
 		}
@@ -306,7 +308,7 @@ func (c *Conn) flush() error {
 		if len(chunk) == 0 {
 			break
 		}
-		n, err := c.layer.write(chunk)
+		n, err := c.writeQueued(chunk)
 		c.txUsed += usage(n)
 		c.queued = c.queued[n:]
 		if err != nil {
@@ -395,6 +397,7 @@ func (c *Conn) Unread(p []byte) {
 		return
 	}
 	c.unread = append(slices.Clone(p), c.unread...)
+	c.setUnread(len(p))
 	c.noteBuffered()
 }
 
@@ -420,6 +423,7 @@ func (c *Conn) QueueWrite(p []byte) error {
 		return *f
 	}
 	c.queued = append(c.queued, p...)
+	c.addQueued(p)
 	return nil
 }
 

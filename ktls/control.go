@@ -169,6 +169,7 @@ func (c *Conn) handleHandshake(data []byte) error {
 	if err := c.handleMessages(); err != nil {
 		return err
 	}
+	c.holdMessage()
 	if first == msgKeyUpdate && c.rxGen == gen && c.layer.canRekey() {
 		if err := c.layer.rearm(); err != nil {
 			return c.endCleanly(fmt.Errorf("%w: %w", ErrKeyUpdateUnsupported, err))
@@ -236,6 +237,9 @@ func (c *Conn) handleMessage(typ byte, body []byte) error {
 	}
 	// TLS 1.2 renegotiation, asked for by either role: the session goes on without
 	// (RFC 5246 section 7.2.2).
+	if p := c.place.Load(); p != nil {
+		p.renegs.Add(1)
+	}
 	c.owed.Or(owedNoReneg)
 	return nil
 }
@@ -251,6 +255,11 @@ func (c *Conn) handleKeyUpdate(request byte) error {
 		return c.endCleanly(ErrKeyUpdateUnsupported)
 	}
 	if c.rel == nil {
+		if request == 1 {
+			if p := c.place.Load(); p != nil {
+				p.updates.Add(1)
+			}
+		}
 		if err := c.layer.rekeyRead(); err != nil {
 			return c.fail(alertInternalError, fmt.Sprintf("next receiving key: %v", err))
 		}

@@ -11,6 +11,7 @@ import (
 type half struct {
 	suite *suiteInfo
 	dir   direction
+	used  uint64      // of the key's limit, see usage; counted for the journal
 	aead  cipher.AEAD // built on first use: an idle session has none
 	nonce [nonceLen]byte
 	aad   [13]byte
@@ -101,6 +102,7 @@ func (h *half) seal(out []byte, typ recordType, p []byte) (int, error) {
 		h.aead.Seal(body[:0], h.nonce[:], p, h.setAAD12(typ, len(p)))
 	}
 	h.dir.seq++
+	h.used += usage(len(p))
 	return n, nil
 }
 
@@ -182,6 +184,7 @@ func (h *half) open(rec, dst []byte) (recordType, []byte, error) {
 		return 0, nil, &recordError{alertRecordOverflow, "record with too much plaintext"}
 	}
 	h.dir.seq++
+	h.used += usage(len(plain))
 	return typ, plain, nil
 }
 

@@ -122,7 +122,7 @@ func (r *record) check(f *facts) error {
 
 // layer makes the record layer, checking what is its own.
 func (r *record) layer(sock Socket, f *facts) (recordLayer, error) {
-	st := layerState{raw: r.Raw, plain: r.Plain, sealed: r.Sealed, ctl: r.Ctl, typ: r.CtlTyp, wire: r.Wire, wireSeq: r.WireSeq, alerted: r.TXEnd != endOpen}
+	st := layerState{raw: r.Raw, plain: r.Plain, sealed: r.Sealed, ctl: r.Ctl, typ: r.CtlTyp, wire: r.Wire, wireSeq: r.WireSeq, rxPos: r.RXPos, txPos: r.TXPos, alerted: r.TXEnd != endOpen}
 	if r.Layer == LayerKernel {
 		return importKernelLayer(sock, f.params(), &st)
 	}

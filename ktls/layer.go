@@ -131,6 +131,10 @@ type layerState struct {
 	// wirePosition. 0, 0: not known.
 	wire, wireSeq uint64
 
+	// The software layer's: positions in the TCP streams, of the first byte that was not
+	// received, and of sealed, or behind what was sent. 0: not known.
+	rxPos, txPos uint64
+
 	// alerted says, when importing, that close_notify was sent and only the shutdown
 	// is missing.
 	alerted bool

@@ -48,9 +48,22 @@ func (l *softLayer) canRekey() bool { return l.rx.suite.version == tls.VersionTL
 // broken is nil: a record waits in raw until read opens it.
 func (l *softLayer) broken() error { return nil }
 
-func (l *softLayer) rearm() error      { return nil }
-func (l *softLayer) rekeyRead() error  { return l.rx.rekey() }
-func (l *softLayer) rekeyWrite() error { return l.tx.rekey() }
+func (l *softLayer) rearm() error { return nil }
+func (l *softLayer) rekeyRead() error {
+	err := l.rx.rekey()
+	if err == nil && l.rx.j.place != nil {
+		l.rx.rekeyed()
+	}
+	return err
+}
+
+func (l *softLayer) rekeyWrite() error {
+	err := l.tx.rekey()
+	if err == nil && l.tx.j.place != nil {
+		l.tx.rekeyed()
+	}
+	return err
+}
 
 func (l *softLayer) export(st *layerState) {
 	st.tx, st.rx = l.tx.dir, l.rx.dir
@@ -58,6 +71,7 @@ func (l *softLayer) export(st *layerState) {
 	st.raw = append([]byte(nil), l.rx.raw()...)
 	st.plain = append([]byte(nil), l.rx.plain...)
 	st.sealed = append([]byte(nil), l.tx.kept()...)
+	st.rxPos, st.txPos = l.rx.pos, l.tx.sent
 }
 
 // restore puts back what export took, except for the keys.
@@ -74,11 +88,23 @@ func (l *softLayer) restore(st *layerState) {
 		l.tx.buf = getBuffer(n)
 		l.tx.end = copy(l.tx.buf.b, st.sealed)
 	}
+	l.rx.pos, l.tx.sent = st.rxPos, st.txPos
 }
 
 func (l *softLayer) wipe() {
 	l.rx.half.wipe()
 	l.tx.half.wipe()
+	if p := l.rx.j.place; p != nil {
+		// What is published goes on referring to these until the place is freed.
+		for _, list := range [][]*buffer{{l.rx.buf, l.rx.j.unread.buf, l.rx.j.kept.buf, l.tx.buf, l.tx.j.queue.buf}, l.rx.j.old, l.tx.j.old} {
+			for _, b := range list {
+				p.hold(b)
+			}
+		}
+		l.rx.releaseOpened()
+		l.rx.buf, l.tx.buf = nil, nil
+		l.rx.j, l.tx.j = readJournal{}, writeJournal{}
+	}
 	l.rx.start, l.rx.end, l.rx.plain = 0, 0, nil
 	l.rx.release()
 	l.tx.start, l.tx.end = 0, 0
@@ -103,6 +129,8 @@ func socketError(err error) error {
 // plain, a part of buf before start, was opened and not read.
 type softReader struct {
 	half
+	pos        uint64 // in the TCP stream, of buf[end]; 0: nobody has counted
+	j          readJournal
 	buf        *buffer // nil when nothing is in progress
 	start, end int
 	plain      []byte
@@ -122,20 +150,39 @@ func (r *softReader) raw() []byte {
 
 // release gives the buffer back when nothing is left in it.
 func (r *softReader) release() {
-	if r.buf != nil && r.start == r.end && len(r.plain) == 0 {
-		putBuffer(r.buf)
-		r.buf, r.start, r.end, r.plain = nil, 0, 0, nil
+	if r.buf == nil || r.base() != r.end || len(r.plain) > 0 {
+		return
 	}
+	if p := r.j.place; p != nil {
+		if r.j.dirty {
+			r.publish() // from here on, nothing is in the chunk that anyone needs
+		}
+		p.put(r.buf)
+		r.j.keep = 0
+	} else {
+		putBuffer(r.buf)
+	}
+	r.buf, r.start, r.end, r.plain = nil, 0, 0, nil
 }
 
 func (l *softLayer) buffered() int { return len(l.rx.plain) }
 
 func (l *softLayer) read(p []byte) (int, control, error) {
 	r := &l.rx
+	journaled := r.j.place != nil
+	if journaled && r.j.lazy {
+		r.j.lazy = false
+		if !r.j.hold {
+			r.consumed()
+		}
+	}
 	for {
 		if len(r.plain) > 0 {
 			n := copy(p, r.plain)
 			r.plain = r.plain[n:]
+			if journaled {
+				r.deliverOpened(p[:n])
+			}
 			r.release()
 			return n, control{}, nil
 		}
@@ -149,7 +196,11 @@ func (l *softLayer) read(p []byte) (int, control, error) {
 			}
 			continue
 		}
-		typ, plain, err := r.open(rec, p)
+		dst := p
+		if journaled {
+			dst = r.private(rec, p)
+		}
+		typ, plain, err := r.open(rec, dst)
 		if err != nil {
 			return 0, control{}, err
 		}
@@ -161,14 +212,21 @@ func (l *softLayer) read(p []byte) (int, control, error) {
 		}
 		if typ != typeData {
 			// A control record's buffer stays until the next call: data points into it.
+			r.j.lazy = true
 			return 0, control{typ, plain}, nil
 		}
 		if len(plain) > 0 && len(p) > 0 && &plain[0] == &p[0] {
+			if journaled {
+				r.deliver(plain)
+				r.consumed()
+				r.publish()
+			}
 			r.release()
 			return len(plain), control{}, nil
 		}
 		r.plain = plain
 		if len(plain) == 0 {
+			r.j.lazy = true
 			r.release()
 			return 0, control{}, nil
 		}
@@ -208,6 +266,9 @@ func (r *softReader) fill(rc syscall.RawConn) error {
 		return io.EOF
 	}
 	r.end += r.got
+	if r.pos != 0 {
+		r.pos += uint64(r.got)
+	}
 	return nil
 }
 
@@ -227,6 +288,8 @@ func (r *softReader) recvFD(fd uintptr) bool {
 // unpark makes room to receive into.
 func (r *softReader) unpark() {
 	switch {
+	case r.j.place != nil:
+		r.journalRoom()
 	case r.buf == nil:
 		r.buf = bigPool.Get().(*buffer)
 	case len(r.buf.b) != bigBuf:
@@ -247,12 +310,16 @@ func (r *softReader) park() {
 	if r.buf == nil {
 		return
 	}
-	n := r.end - r.start
+	n := r.end - r.base()
 	if n == 0 {
 		r.release()
 		return
 	}
 	if len(r.buf.b) != bigBuf || n > midBuf {
+		return
+	}
+	if p := r.j.place; p != nil {
+		r.journalMove(p.get(n))
 		return
 	}
 	b := getBuffer(n)

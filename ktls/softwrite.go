@@ -12,6 +12,8 @@ import (
 // out as these bytes or never, because its sequence numbers are used up.
 type softWriter struct {
 	half
+	sent       uint64 // position in the TCP stream of buf[start]; 0: nobody has counted
+	j          writeJournal
 	buf        *buffer // nil when nothing is kept
 	start, end int
 
@@ -29,7 +31,8 @@ func (w *softWriter) kept() []byte {
 
 func (w *softWriter) release() {
 	if w.buf != nil && w.start == w.end {
-		putBuffer(w.buf)
+		// The register may go on referring to a chunk of which all was sent.
+		w.j.place.put(w.buf)
 		w.buf, w.start, w.end = nil, 0, 0
 	}
 }
@@ -37,14 +40,20 @@ func (w *softWriter) release() {
 // room makes sure that n more bytes fit behind what is kept.
 func (w *softWriter) room(n int) {
 	if w.buf == nil {
-		w.buf, w.start, w.end = getBuffer(n), 0, 0
+		w.buf, w.start, w.end = w.j.place.get(n), 0, 0
 		return
 	}
 	if len(w.buf.b)-w.end >= n {
 		return
 	}
 	kept := w.kept()
-	if len(w.buf.b) < len(kept)+n {
+	if w.j.place != nil {
+		// What is published stays where it is until the register refers to the copy.
+		b := w.j.place.get(len(kept) + n)
+		copy(b.b, kept)
+		w.retire(w.buf)
+		w.buf = b
+	} else if len(w.buf.b) < len(kept)+n {
 		b := getBuffer(len(kept) + n)
 		copy(b.b, kept)
 		putBuffer(w.buf)
@@ -58,6 +67,7 @@ func (w *softWriter) room(n int) {
 func (w *softWriter) sealNext(typ recordType, p []byte) error {
 	n, err := w.seal(w.buf.b[w.end:], typ, p)
 	w.end += n
+	w.j.dirty = true
 	return err
 }
 
@@ -71,6 +81,9 @@ func (w *softWriter) sendFD(fd uintptr) bool {
 			return errno != syscall.EAGAIN
 		}
 		w.start += n
+		if w.sent != 0 {
+			w.sent += uint64(n)
+		}
 	}
 	w.errno = 0
 	return true
@@ -82,6 +95,9 @@ func (l *softLayer) flush(wait bool) error {
 	w := &l.tx
 	if w.start == w.end {
 		return nil
+	}
+	if w.j.dirty && w.j.place != nil {
+		w.publish() // before any of it is sent
 	}
 	var err error
 	if wait {
@@ -121,6 +137,9 @@ func (l *softLayer) write(p []byte) (int, error) {
 			}
 			taken += n
 			batch -= n
+			if w.j.queued {
+				w.retire(w.j.queue.take(n))
+			}
 		}
 		if err := l.flush(true); err != nil {
 			return taken, err
@@ -135,6 +154,9 @@ func (l *softLayer) writeControl(typ recordType, p []byte, wait bool) (bool, err
 	if err := w.sealNext(typ, p); err != nil {
 		w.release()
 		return false, err
+	}
+	if w.j.place != nil {
+		w.j.seals(typ, p)
 	}
 	return true, l.flush(wait)
 }

@@ -110,6 +110,9 @@ type record struct {
 
 	Wire    uint64 `cbor:"25,keyasint,omitempty"` // kernel layer, see wirePosition
 	WireSeq uint64 `cbor:"26,keyasint,omitempty"`
+
+	RXPos uint64 `cbor:"27,keyasint,omitempty"` // software layer, see layerState
+	TXPos uint64 `cbor:"28,keyasint,omitempty"`
 }
 
 // secrets are kept beside a kernel session by the process that made it.
@@ -183,7 +186,7 @@ func (c *Conn) detachLocked() (Socket, *State, error) {
 		Unread: slices.Clone(c.unread), Queued: c.queued, Hand: slices.Clone(c.hand),
 		RXEnd: c.rxEnd, TXEnd: c.txEnd, Owed: c.owed.Load() | c.rel.owed(), Asked: c.asked.Load(),
 		RXUsed: c.rxUsed, TXUsed: c.txUsed, RXGen: c.rxGen, TXGen: c.txGen,
-		Wire: st.wire, WireSeq: st.wireSeq,
+		Wire: st.wire, WireSeq: st.wireSeq, RXPos: st.rxPos, TXPos: st.txPos,
 		Empties: c.floods.empties, Warnings: c.floods.warnings, Handshakes: c.floods.handshakes,
 	}
 	if c.layer.kind() == LayerSoftware {
@@ -193,6 +196,7 @@ func (c *Conn) detachLocked() (Socket, *State, error) {
 	st.tx.wipe()
 	st.rx.wipe()
 	c.layer.wipe()
+	c.place.Store(nil)
 	c.rel.end()
 	c.secrets, c.unread, c.queued, c.hand = nil, nil, nil, nil
 	c.buffered.Store(0)
