@@ -86,7 +86,7 @@ func (c *Conn) Close() error {
 	c.place.Store(nil)
 	c.secrets.wipe()
 	c.dropTickets()
-	c.unread, c.hand, c.queued = nil, nil, nil
+	c.unread, c.hand, c.queued, c.commits = nil, nil, nil, nil
 	c.buffered.Store(0)
 	c.pending.Store(0)
 	c.wmu.Unlock()
@@ -119,11 +119,11 @@ func (c *Conn) sayGoodbye() {
 		return
 	}
 	for len(c.queued) > 0 {
-		chunk := c.queued[:min(len(c.queued), writeChunk)]
+		chunk := c.queued[:c.commits.queuedChunk(min(len(c.queued), writeChunk))]
 		if c.mayUse(usage(len(chunk))) != nil {
 			return
 		}
-		n, err := c.writeQueued(chunk)
+		n, err := c.sendQueued(chunk)
 		if err != nil {
 			return
 		}

@@ -66,6 +66,8 @@ type Conn struct {
 	// wait for other keys: turn is taken before wmu.
 	rel  *relayed
 	turn sync.Mutex
+
+	commits *Commits // nil: the application commits nothing; set before the first use
 }
 
 // ending says how a direction of a session ended.
@@ -99,6 +101,13 @@ func (c *Conn) Read(p []byte) (int, error) {
 }
 
 func (c *Conn) read(p []byte) (int, error) {
+	if k := c.commits; k != nil && !k.stateOnly {
+		return c.readCommitted(p)
+	}
+	return c.readPlain(p)
+}
+
+func (c *Conn) readPlain(p []byte) (int, error) {
 	if len(c.unread) > 0 {
 		n := copy(p, c.unread)
 		c.unread = c.unread[n:]
@@ -191,7 +200,9 @@ func (c *Conn) opError(op string, err error) error {
 	return &net.OpError{Op: op, Net: "tcp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: err}
 }
 
-func (c *Conn) noteBuffered() { note(&c.buffered, len(c.unread)+c.layer.buffered()) }
+func (c *Conn) noteBuffered() {
+	note(&c.buffered, len(c.unread)+c.commits.waiting()+c.layer.buffered())
+}
 
 // note is v.Store(n) for the one who owns v; mostly nothing has changed, and to look
 // costs less.
@@ -225,6 +236,7 @@ func (c *Conn) send(p []byte) (int, error) {
 		if err := c.mayWrite(len(chunk)); err != nil {
 			return taken, err
 		}
+		c.plainOutput()
 		n, err := c.layer.write(chunk)
 		c.txUsed += usage(n)
 		taken += n
@@ -304,11 +316,11 @@ func (c *Conn) flush() error {
 		if err := c.mayWrite(min(len(c.queued), writeChunk)); err != nil {
 			return err
 		}
-		chunk := c.queued[:min(len(c.queued), writeChunk)]
+		chunk := c.queued[:c.commits.queuedChunk(min(len(c.queued), writeChunk))]
 		if len(chunk) == 0 {
 			break
 		}
-		n, err := c.writeQueued(chunk)
+		n, err := c.sendQueued(chunk)
 		c.txUsed += usage(n)
 		c.queued = c.queued[n:]
 		if err != nil {
@@ -396,6 +408,10 @@ func (c *Conn) Unread(p []byte) {
 	if c.closed.Load() || len(p) == 0 {
 		return
 	}
+	if k := c.commits; k != nil && !k.stateOnly && k.takeBack(p) {
+		c.noteBuffered()
+		return
+	}
 	c.unread = append(slices.Clone(p), c.unread...)
 	c.setUnread(len(p))
 	c.noteBuffered()
@@ -422,6 +438,7 @@ func (c *Conn) QueueWrite(p []byte) error {
 	if f := c.fatal.Load(); f != nil {
 		return *f
 	}
+	c.plainOutput()
 	c.queued = append(c.queued, p...)
 	c.addQueued(p)
 	return nil

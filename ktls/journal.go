@@ -103,11 +103,13 @@ const (
 	txPaid    // what of rxOwed was answered
 	txQueue   // chunk reference: plaintext that was queued
 	txQueueAt // from, to in it
+	txPlain   // count of bytes of application data sealed
 )
 
 // Words of the commit register.
 const (
 	cmConsumed = iota // plaintext that is done with, counted like rxKeptEnd
+	cmBorn            // of the Commits that count with this journal; 0: none
 )
 
 const (

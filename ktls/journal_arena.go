@@ -29,7 +29,8 @@ type Arena struct {
 	nextPage  int // never used from here on
 	classes   [len(chunkSizes)]chunkClass
 
-	lost atomic.Uint64 // sessions that went on without a journal
+	births atomic.Uint64 // of Commits
+	lost   atomic.Uint64 // sessions that went on without a journal
 }
 
 // chunkClass holds free chunks of one size, the last used on top.

@@ -60,6 +60,11 @@ type Recovered struct {
 	Unsent, Unread int
 	// Retained is how much of what will be read was read before: see Conn.Retain.
 	Retained int
+	// Read and Written count the plaintext that the owner's application was given and
+	// that was sealed for it, since it got the session.
+	Read, Written uint64
+
+	born uint64 // see cmBorn
 }
 
 // Recover makes the record of a session for its next owner from the journal, its facts
@@ -183,6 +188,7 @@ func (j *Journals) receiving(m []byte, id uint64, suite *suiteInfo, at sys.TCPPo
 	rec.RX = newKeys(&half.dir, half.dir.seq, w[rxGen])
 	rec.RXUsed, rec.RXGen, rec.RXPos = half.used, w[rxGen], read
 	rec.Owed = w.owed(m, id)
+	out.Read, out.born = w[rxKeptEnd], cm[cmBorn]
 	out.Unread = len(rec.Raw) + len(rec.Plain) + len(rec.Unread)
 	return nil
 }
@@ -307,6 +313,7 @@ func (j *Journals) sending(m []byte, id uint64, suite *suiteInfo, at sys.TCPPosi
 		rec.TX.Seq = 0
 	}
 	rec.TXUsed, rec.TXGen, rec.TXPos = w[txUsed], w[txGen], written
+	out.Written = w[txPlain]
 	out.Unsent = len(rec.Sealed) + len(rec.Queued)
 	return nil
 }

@@ -142,14 +142,14 @@ func (r *softReader) journalRoom() {
 // so that nothing is ever read twice.
 func (r *softReader) deliver(p []byte) {
 	j := &r.j
-	if j.retain == 0 {
-		return
-	}
-	if j.kept.len()+len(p) > j.retain {
+	switch {
+	case j.retain == 0:
+	case j.kept.len()+len(p) > j.retain:
 		j.place.quit()
 		return
+	default:
+		r.retire(j.kept.add(j.place, p))
 	}
-	r.retire(j.kept.add(j.place, p))
 	j.count += uint64(len(p))
 }
 
@@ -196,7 +196,7 @@ func (w *softWriter) publish() {
 	if !j.place.off.Load() {
 		v := words{
 			txOff: w.sent + uint64(w.end-w.start), txSeq: w.dir.seq, txUsed: w.used, txGen: j.gen,
-			txFlags: j.ended, txBase: w.sent - uint64(w.start), txPaid: j.paid,
+			txFlags: j.ended, txBase: w.sent - uint64(w.start), txPaid: j.paid, txPlain: w.plain,
 		}
 		if j.key1 {
 			v[txFlags] |= flagKey1
@@ -308,7 +308,7 @@ func (l *softLayer) position() error {
 // begin writes everything there is into the place and makes it valid.
 func (l *softLayer) begin(c *Conn, p *Place) error {
 	sys.StoreShared(p.m, stateFree)
-	clear(p.m[slotID:])
+	clear(p.m[slotEpoch:]) // never without an id: readers stop there
 	h := slotHead{key: p.key, version: c.p.version, suite: c.p.suite, client: c.p.client}
 	copy(h.session[:], c.facts.ID)
 	h.store(p.m)
@@ -338,8 +338,8 @@ func (l *softLayer) begin(c *Conn, p *Place) error {
 	if len(c.unread) > 0 {
 		unread.add(p, c.unread)
 	}
-	if len(c.queued) > 0 {
-		queue.add(p, c.queued)
+	if plain := c.queued[c.commits.ahead():]; len(plain) > 0 {
+		queue.add(p, plain)
 	}
 	if p.off.Load() {
 		return abort()
@@ -361,13 +361,13 @@ func (l *softLayer) begin(c *Conn, p *Place) error {
 	}
 	w.buf, w.start, w.end = wb, 0, len(kept)
 	r.used, w.used = c.rxUsed, c.txUsed
-	r.j = readJournal{place: p, seq: r.dir.seq, gen: c.rxGen, ended: endFlags(c.rxEnd, flagNotify), unread: unread}
+	r.j = readJournal{place: p, seq: r.dir.seq, gen: c.rxGen, ended: endFlags(c.rxEnd, flagNotify), unread: unread, count: c.commits.count()}
 	w.j = writeJournal{place: p, gen: c.txGen, ended: endFlags(c.txEnd, flagEnded), queue: queue}
 	storeKey(p.m, regRX, false, &r.dir)
 	storeKey(p.m, regTX, false, &w.dir)
 	r.publish()
 	w.publish()
-	p.publish(regCommit, &words{})
+	p.publish(regCommit, &words{cmBorn: c.commits.born()})
 	c.place.Store(p)
 	sys.StoreShared(p.m, stateLive)
 	return nil
@@ -513,7 +513,7 @@ func (c *Conn) Consumed(n int) error {
 		return nil
 	}
 	r.j.done += uint64(n)
-	r.j.place.publish(regCommit, &words{cmConsumed: r.j.done})
+	r.j.place.publish(regCommit, &words{cmConsumed: r.j.done, cmBorn: c.commits.born()})
 	if r.j.kept.from += n; r.j.kept.len() == 0 {
 		// Nothing of the chunk is wanted any more, whatever the register says.
 		r.j.place.put(r.j.kept.buf)

@@ -20,6 +20,7 @@ type kernelLayer struct {
 	p      params
 	cipher kernelCipher
 	wire   wirePosition
+	noted  []byte // the slot of Commits, nil when there is none
 
 	secrets *secrets // Conn's; nil in a process that was never given them
 	relayed bool     // somebody else changes the keys
@@ -41,12 +42,13 @@ type kernelLayer struct {
 
 	// Writing, under Conn's write lock.
 	out struct {
-		try  func(fd uintptr) bool
-		p    []byte
-		typ  recordType
-		wait bool
-		n    int
-		err  error
+		try   func(fd uintptr) bool
+		p     []byte
+		typ   recordType
+		noted bool // committed output
+		wait  bool
+		n     int
+		err   error
 	}
 	alerted bool // an alert was sent, so a shutdown may follow
 
@@ -221,5 +223,6 @@ func (l *kernelLayer) export(st *layerState) {
 
 func (l *kernelLayer) wipe() {
 	clear(l.ctl)
+	l.noted = nil
 	l.ctl, l.ctlType, l.ctlDone = nil, 0, false
 }

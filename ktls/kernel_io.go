@@ -87,7 +87,7 @@ func (l *kernelLayer) tryRead(fd uintptr) bool {
 	if l.peeked != nil {
 		l.in.n, l.in.err = 0, l.peeked
 	} else {
-		l.in.n, l.in.typ, l.in.eor, l.in.err = sys.TLSRecv(int(fd), l.in.p)
+		l.recv(fd)
 	}
 	if l.in.err == nil {
 		return true
@@ -172,9 +172,12 @@ func (l *kernelLayer) send(typ recordType, p []byte, wait bool) (n int, err erro
 func (l *kernelLayer) tryWrite(fd uintptr) bool {
 	o := &l.out
 	for retried := false; ; retried = true {
-		if o.typ == typeData {
+		switch {
+		case o.noted:
+			l.notedWrite(fd)
+		case o.typ == typeData:
 			o.n, o.err = sys.TLSSendData(int(fd), o.p)
-		} else {
+		default:
 			o.n, o.err = sys.TLSSendRecord(int(fd), byte(o.typ), o.p)
 		}
 		if retried || !recordFailure(o.err) {

@@ -12,6 +12,7 @@ import (
 // out as these bytes or never, because its sequence numbers are used up.
 type softWriter struct {
 	half
+	plain      uint64 // bytes of application data sealed since Import
 	sent       uint64 // position in the TCP stream of buf[start]; 0: nobody has counted
 	j          writeJournal
 	buf        *buffer // nil when nothing is kept
@@ -68,6 +69,9 @@ func (w *softWriter) sealNext(typ recordType, p []byte) error {
 	n, err := w.seal(w.buf.b[w.end:], typ, p)
 	w.end += n
 	w.j.dirty = true
+	if typ == typeData && err == nil {
+		w.plain += uint64(len(p))
+	}
 	return err
 }
 

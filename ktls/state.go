@@ -180,10 +180,14 @@ func (c *Conn) detachLocked() (Socket, *State, error) {
 	var st layerState
 	c.layer.export(&st)
 	s := &State{facts: c.facts, kernel: c.secrets}
+	unread, queued := slices.Clone(c.unread), c.queued
+	if k := c.commits; k != nil && !k.stateOnly {
+		unread, queued = append(k.uncommitted(), unread...), slices.Clone(queued)
+	}
 	s.record = record{
 		V: recordVersion, ID: c.facts.ID, Layer: c.layer.kind(),
 		Raw: st.raw, Plain: st.plain, Sealed: st.sealed, Ctl: st.ctl, CtlTyp: st.typ,
-		Unread: slices.Clone(c.unread), Queued: c.queued, Hand: slices.Clone(c.hand),
+		Unread: unread, Queued: queued, Hand: slices.Clone(c.hand),
 		RXEnd: c.rxEnd, TXEnd: c.txEnd, Owed: c.owed.Load() | c.rel.owed(), Asked: c.asked.Load(),
 		RXUsed: c.rxUsed, TXUsed: c.txUsed, RXGen: c.rxGen, TXGen: c.txGen,
 		Wire: st.wire, WireSeq: st.wireSeq, RXPos: st.rxPos, TXPos: st.txPos,
@@ -198,7 +202,7 @@ func (c *Conn) detachLocked() (Socket, *State, error) {
 	c.layer.wipe()
 	c.place.Store(nil)
 	c.rel.end()
-	c.secrets, c.unread, c.queued, c.hand = nil, nil, nil, nil
+	c.secrets, c.unread, c.queued, c.hand, c.commits = nil, nil, nil, nil, nil
 	c.buffered.Store(0)
 	c.pending.Store(0)
 	c.dropTickets()

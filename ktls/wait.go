@@ -21,7 +21,7 @@ func (c *Conn) WaitRead() error {
 	if c.closed.Load() {
 		return net.ErrClosed
 	}
-	if len(c.unread) > 0 || c.readEnd() != nil {
+	if len(c.unread) > 0 || c.commits.waiting() > 0 || c.readEnd() != nil {
 		return nil
 	}
 	c.settle()
