@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/fxamacker/cbor/v2"
-
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
@@ -189,10 +187,11 @@ func (k *commitCopy) amend(recordData []byte, journal *Recovered) (*Committed, e
 	if k.err != nil || !k.kept {
 		return c, k.err
 	}
-	r, err := decodeRecord(recordData)
-	if err != nil {
+	var d decodedRecord
+	if err := d.decode(recordData); err != nil {
 		return nil, err
 	}
+	r := &d.record
 	defer r.TX.wipe()
 	defer r.RX.wipe()
 	end, sent := k.inEnd, k.sent
@@ -223,9 +222,7 @@ func (k *commitCopy) amend(recordData []byte, journal *Recovered) (*Committed, e
 		q := append([]byte(nil), r.Queued[:lead]...)
 		r.Queued = append(append(q, out...), r.Queued[lead:]...)
 	}
-	if c.Record, err = cbor.Marshal(r); err != nil {
-		return nil, fmt.Errorf("encode session record: %w", err)
-	}
+	c.Record = r.encode(make([]byte, 0, r.size()))
 	if len(r.Queued) > MaxQueued+splicePipe || len(c.Record) > maxRecord {
 		return nil, errors.New("more input and output is left than a session may have")
 	}
