@@ -157,6 +157,13 @@ func (s *Supervisor) stepSoaking(op *operation) {
 	}
 }
 
+// watched says whether a worker is on probation or a canary; it is asked more often
+// how it is.
+func (w *worker) watched() bool {
+	op := w.pool.op
+	return op != nil && w.gen == op.to && (op.phase == opCanary || op.phase == opSoaking || op.phase == opProbation)
+}
+
 // unwell is the first word of a new worker about its own ill health, or that the new
 // generation turns down what it is given: more than 1 in 20.
 func (s *Supervisor) unwell(op *operation) error {

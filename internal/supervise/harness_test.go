@@ -174,7 +174,7 @@ func (u *unit) start(led *ledger, incarnation uint32) {
 	pc.FreezeTimeout = config.Duration(time.Minute)
 	pc.Heartbeat, pc.Poison = 0, 0 // a test that wants them says so
 	s.cfg = &config.Config{MaxSessions: led.slots, Pools: []config.Pool{pc}}
-	u.pool = &pool{name: "p", cfg: pc, serving: 1, newest: 1, workers: map[uint64]*worker{}, parked: map[uint64]*session{}}
+	u.pool = &pool{name: "p", cfg: pc, command: pc.Command, serving: 1, newest: 1, workers: map[uint64]*worker{}, parked: map[uint64]*session{}}
 	s.pools["p"] = u.pool
 	if u.keys != nil {
 		s.keys, s.kernel.Rekey = u.keys, true

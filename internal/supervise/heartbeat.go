@@ -78,7 +78,7 @@ func (s *Supervisor) beat(now time.Time) {
 			if s.quiescing || s.stopping {
 				continue
 			}
-			if b.age >= time.Duration(cfg.Heartbeat) || b.sent == 0 || w.incoming > 0 && b.age >= offerPing {
+			if b.age >= time.Duration(cfg.Heartbeat) || b.sent == 0 || (w.incoming > 0 || w.watched()) && b.age >= offerPing {
 				s.ping(w)
 			}
 			continue

@@ -259,6 +259,7 @@ func (s *Supervisor) restorePools(meta []byte) error {
 		for _, r := range st.Pools {
 			if r.Name == c.Name {
 				p.command, p.serving, p.newest = r.Command, r.Serving, r.Newest
+				p.resume = r.Probation
 				if r.Workers > 0 {
 					p.cfg.Workers = r.Workers
 				}
@@ -288,6 +289,7 @@ func (s *Supervisor) readyChanged() {
 // beginServing runs in the ledger's goroutine when everything is there.
 func (s *Supervisor) beginServing(p *process) {
 	for _, pl := range s.pools {
+		s.resumeUpgrade(pl)
 		s.dropSurplus(pl)
 		s.fill(pl)
 	}

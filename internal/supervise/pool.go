@@ -32,6 +32,8 @@ type pool struct {
 	stays map[uint64]stay    // sessions that could not move when they were last asked
 	ward  ward               // the quarantine
 
+	resume *probationRecord // of the supervisor before this one
+
 	rate      float64       // sessions moved in a second, in the last operation that moved many
 	startTook time.Duration // of the worker that got ready last
 
@@ -54,6 +56,8 @@ type poolRecord struct {
 	Newest    uint32   `json:"newest"`
 	Upgrading uint32   `json:"upgrading,omitempty"` // generation being moved to
 	Workers   int      `json:"workers,omitempty"`   // as scaled; 0: as configured
+
+	Probation *probationRecord `json:"probation,omitempty"`
 }
 
 var poolsKey = keeper.Key{Kind: keeper.KindBlob, Name: "pools"}
@@ -65,7 +69,7 @@ func (s *Supervisor) savePools() {
 		p := s.pools[c.Name]
 		r := poolRecord{Name: p.name, Command: p.command, Serving: p.serving, Newest: p.newest}
 		if p.op != nil {
-			r.Upgrading = p.op.to
+			r.Upgrading, r.Probation = p.op.to, p.op.record()
 		}
 		if p.cfg.Workers != c.Workers {
 			r.Workers = p.cfg.Workers

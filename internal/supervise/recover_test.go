@@ -12,17 +12,22 @@ import (
 func (u *unit) crash() {
 	u.t.Helper()
 	// What the keeper was told before the crash counts; the test wants it all.
+	before, resume := u.pool, (*probationRecord)(nil)
+	u.s.call(func() {
+		if before.op != nil {
+			resume = before.op.record()
+		}
+	})
 	u.end()
 	led, err := openLedger(u.led)
 	if err != nil {
 		u.t.Fatal(err)
 	}
-	serving := u.pool.serving
 	u.start(led, u.s.incarnation+1)
-	u.pool.serving = serving
+	u.pool.serving, u.pool.newest, u.pool.resume = before.serving, before.newest, resume
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	if err := u.s.recoverAll(ctx, func() {}); err != nil {
+	if err := u.s.recoverAll(ctx, func() { u.s.resumeUpgrade(u.pool) }); err != nil {
 		u.t.Fatal(err)
 	}
 	go u.s.run()

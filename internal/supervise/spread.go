@@ -88,6 +88,28 @@ func (s *Supervisor) loads(p *pool) (loads map[*worker]int, underway int) {
 	return loads, underway
 }
 
+// helps says whether moving size more sessions, after done, makes a difference of diff
+// between two workers smaller.
+func helps(size, done, diff int) bool { return size < diff-2*done }
+
+// extremes are the worker with the most sessions, but for those that are stuck, and
+// the one with the fewest.
+func extremes(p *pool, loads map[*worker]int, stuck map[*worker]bool) (most, fewest *worker) {
+	for _, w := range sortedWorkers(p.workers) {
+		n, ok := loads[w]
+		if !ok {
+			continue
+		}
+		if !stuck[w] && (most == nil || n > loads[most]) {
+			most = w
+		}
+		if fewest == nil || n < loads[fewest] {
+			fewest = w
+		}
+	}
+	return most, fewest
+}
+
 // spread moves sessions from the workers that have most to those that have fewest.
 // What is asked to move at any time makes the difference smaller, so it comes to an
 // end. It returns false when nothing is left to do: the workers are even, or what
@@ -104,24 +126,12 @@ func (s *Supervisor) spread(p *pool) bool {
 	now, later := s.now(), false
 	stuck := map[*worker]bool{} // they have nothing that could move now
 	for {
-		var most, fewest *worker
-		for _, w := range sortedWorkers(p.workers) {
-			n, ok := loads[w]
-			if !ok {
-				continue
-			}
-			if !stuck[w] && (most == nil || n > loads[most]) {
-				most = w
-			}
-			if fewest == nil || n < loads[fewest] {
-				fewest = w
-			}
-		}
+		most, fewest := extremes(p, loads, stuck)
 		if most == nil || most == fewest || loads[most]-loads[fewest] <= even(total/len(loads)) {
 			return underway > 0 || later
 		}
 		diff := loads[most] - loads[fewest]
-		n := s.shift(most, fewest, diff/2, func(size, done int) bool { return size < diff-2*done })
+		n := s.shift(most, fewest, diff/2, func(size, done int) bool { return helps(size, done, diff) })
 		if n == 0 {
 			stuck[most] = true
 			for _, ss := range most.sessions {

@@ -10,11 +10,15 @@ import (
 
 // upgrading puts the pool into a phase of an upgrade from generation 1 to 2.
 func (u *unit) upgrading(phase opPhase, workers int) <-chan *admin.PoolReport {
+	return u.upgradingWith(phase, workers, upgradeOptions{})
+}
+
+func (u *unit) upgradingWith(phase opPhase, workers int, o upgradeOptions) <-chan *admin.PoolReport {
 	ch := make(chan *admin.PoolReport, 1)
 	u.s.call(func() {
 		u.pool.cfg.Workers = workers
 		op := &operation{kind: opUpgrade, pool: u.pool, from: 1, to: 2, command: []string{"/nonexistent"}, oldCommand: []string{"/nonexistent"}, phase: phase,
-			began: u.s.now(), wait: patience, deadline: u.s.now().Add(patience), finished: func(op *operation) {
+			opts: o, share: newShare(o.canary), began: u.s.now(), wait: patience, deadline: u.s.now().Add(patience), finished: func(op *operation) {
 				u.pool.cfg.Workers = 0
 				ch <- &op.report
 			}}

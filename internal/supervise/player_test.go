@@ -1,0 +1,156 @@
+package supervise
+
+import (
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+)
+
+// player answers for a fake worker as a good one does: it adopts what it is offered
+// and parks what it is asked for.
+type player struct {
+	f *fake
+
+	mu       sync.Mutex
+	refuse   bool // turn down what is offered
+	stubborn bool // reach no safe point
+	had      map[uint64]bool
+	refs     map[uint64]wire.Ref // what it owns
+	holds    []wire.Held         // what it tells a successor
+}
+
+// play starts to answer for f; nothing may be expected of it any more. It ends with
+// the channel.
+func (f *fake) play() *player {
+	p := &player{f: f, had: map[uint64]bool{}, refs: map[uint64]wire.Ref{}}
+	_ = f.ch.Conn().SetReadDeadline(time.Time{})
+	go func() {
+		for {
+			m, err := f.ch.Recv()
+			if err != nil {
+				return
+			}
+			m.CloseSockets()
+			if r := p.answer(m); r != nil && f.ch.Send(r) != nil {
+				return
+			}
+		}
+	}()
+	return p
+}
+
+func (p *player) answer(m *wire.Message) *wire.Message {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch m.Type {
+	case wire.TypeAdopt:
+		r := &wire.Message{Type: wire.TypeAdopted}
+		for _, it := range m.Items {
+			if p.refuse {
+				r.Type = wire.TypeRefused
+				r.Refused = append(r.Refused, wire.Refused{Ref: it.Ref, Why: "not me"})
+				continue
+			}
+			r.Refs = append(r.Refs, it.Ref)
+		}
+		return r
+	case wire.TypeResume:
+		for _, ref := range m.Refs {
+			p.had[ref.ID], p.refs[ref.ID] = true, ref
+		}
+	case wire.TypeRelease:
+		for _, ref := range m.Refs {
+			delete(p.refs, ref.ID)
+		}
+	case wire.TypeFreeze:
+		if p.stubborn {
+			return nil
+		}
+		if m.Group != "" {
+			return parkGroup(m.Group, m.Refs, m.Last)
+		}
+		r := &wire.Message{Type: wire.TypeParked}
+		for _, ref := range m.Refs {
+			r.Items = append(r.Items, parkedItem(ref, "p").Items...)
+		}
+		return r
+	case wire.TypeInventory:
+		return &wire.Message{Type: wire.TypeInventoryReply, Nonce: m.Nonce, Held: p.holds, Last: true}
+	case wire.TypePing:
+		return &wire.Message{Type: wire.TypePong, Nonce: m.Nonce}
+	default:
+	}
+	return nil
+}
+
+func (p *player) set(f func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	f()
+}
+
+// has is how many sessions it has ever had, and owns now.
+func (p *player) has() (ever, now int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.had), len(p.refs)
+}
+
+// fail ends n of its sessions with an error of the handler.
+func (p *player) fail(n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	m := &wire.Message{Type: wire.TypeClosed}
+	for id, ref := range p.refs {
+		if len(m.Closed) < n {
+			m.Closed = append(m.Closed, wire.Closed{Ref: ref, Reason: wire.ReasonHandler, Text: "it fails"})
+			delete(p.refs, id)
+		}
+	}
+	p.f.send(m)
+}
+
+// sessions admits n sessions and waits until all are owned.
+func (u *unit) sessions(n int) {
+	u.t.Helper()
+	for range n {
+		u.session(true)
+	}
+	u.allOwned()
+}
+
+func (u *unit) allOwned() {
+	u.t.Helper()
+	u.until(func() bool {
+		for _, ss := range u.s.sessions {
+			if ss.owner == nil || ss.attempt != nil {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// load is how many sessions each worker has by the ledger.
+func (u *unit) loadOf(fs ...*fake) (n []int) {
+	u.s.call(func() {
+		for _, f := range fs {
+			n = append(n, len(f.w.sessions))
+		}
+	})
+	return n
+}
+
+// workerOf is a fake's worker as the present supervisor has it.
+func (u *unit) workerOf(f *fake) *worker { return u.s.workers[f.w.id] }
+
+func wantLoads(t *testing.T, got []int, want ...int) {
+	t.Helper()
+	for i := range want {
+		if got[i] != want[i] {
+			t.Fatalf("the workers have %v sessions, want %v", got, want)
+		}
+	}
+}
