@@ -103,6 +103,7 @@ func (w *worker) adoptOne(it *wire.Item) error {
 		return fmt.Errorf("session %d: %w", it.ID, err)
 	}
 	c := newConn(w, it.ID, t)
+	c.place = w.journal(it.ID, it.Epoch, t)
 	c.app = it.Cargo.App
 	c.restored = it.Flags&(wire.FlagRestored|wire.FlagInterrupted) != 0
 	c.interrupted = it.Flags&wire.FlagInterrupted != 0

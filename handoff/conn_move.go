@@ -228,6 +228,7 @@ func (c *Conn) attach(k *kept) error {
 		abandon(k.sock)
 		return err
 	}
+	c.rejournal(s)
 	c.w.relayed(c.s, s)
 	s.Remind()
 	c.mu.Lock()

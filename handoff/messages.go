@@ -18,7 +18,7 @@ func (w *worker) handle(m *wire.Message) error {
 	}
 	switch m.Type {
 	case wire.TypeWelcome:
-		return w.welcomed(m.Welcome)
+		return w.welcomed(m)
 	case wire.TypePing:
 		w.ping(m.Nonce)
 		return nil
@@ -94,7 +94,8 @@ func (w *worker) stale(what string, r wire.Ref) {
 	w.log.Debug("message about something that is over", "message", what, "session", r.ID, "epoch", uint64(r.Epoch))
 }
 
-func (w *worker) welcomed(hello *wire.Welcome) error {
+func (w *worker) welcomed(m *wire.Message) error {
+	hello := m.Welcome
 	if w.welcome != nil {
 		return fmt.Errorf("%w: a second WELCOME", wire.ErrProtocol)
 	}
@@ -102,6 +103,7 @@ func (w *worker) welcomed(hello *wire.Welcome) error {
 		return fmt.Errorf("%w: the supervisor wants protocol version %d, this worker speaks %d; build both from one release", wire.ErrProtocol, hello.Version, wire.Version)
 	}
 	w.welcome = hello
+	w.openArena(m)
 	if w.ready == nil {
 		w.send(&wire.Message{Type: wire.TypeReady})
 		return nil

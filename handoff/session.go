@@ -309,6 +309,7 @@ func (w *worker) closed(s *session, reason wire.Reason, err error) {
 	w.leave(s)
 	delete(w.sessions, s.id)
 	w.marks.take(s.conn)
+	s.conn.freePlace()
 	e := wire.Closed{Ref: wire.Ref{ID: s.id, Epoch: s.owner}, Reason: reason}
 	if err != nil {
 		e.Text = wire.Clip(err.Error())
@@ -351,6 +352,7 @@ func (w *worker) forget(s *session) {
 	} else {
 		s.conn.discard()
 	}
+	s.conn.freePlace()
 	w.leave(s)
 }
 

@@ -14,6 +14,7 @@ import (
 
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
 // stopTime is how long sessions have when Serve's context ends.
@@ -34,6 +35,8 @@ type worker struct {
 	out     *outbox
 	done    chan struct{} // closed when the loop has ended
 
+	arenaFull atomic.Bool // said once
+
 	ticks atomic.Uint32 // of the clock by which sessions get a rest
 
 	vault *vault // secrets of sessions in the kernel layer; nil: the supervisor has them
@@ -43,7 +46,8 @@ type worker struct {
 
 	// What follows belongs to the loop.
 	welcome  *wire.Welcome
-	rest     *rest // nil: sessions get none
+	arena    *ktls.Arena // for journals; nil: none are kept
+	rest     *rest       // nil: sessions get none
 	sessions map[uint64]*session
 	tombs    map[uint64]wire.Closed
 	batches  map[string]*batch
@@ -199,6 +203,8 @@ func (w *worker) loop(ctx context.Context, msgs <-chan *wire.Message, sig <-chan
 	timer.Stop()
 	restTick, endRest := w.startRest()
 	defer endRest()
+	trim := time.NewTicker(arenaTrim)
+	defer trim.Stop()
 	for !w.finished() {
 		select {
 		case <-w.in.signal:
@@ -216,6 +222,8 @@ func (w *worker) loop(ctx context.Context, msgs <-chan *wire.Message, sig <-chan
 		case <-ended:
 			ended = nil
 			w.stop(stopTime)
+		case <-trim.C:
+			w.trimArena()
 		case <-restTick:
 			w.restIdle()
 		case <-timer.C:

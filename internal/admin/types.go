@@ -65,6 +65,7 @@ type WorkerStatus struct {
 	State      string `json:"state"` // starting, ready, retiring, dying
 	Sessions   int    `json:"sessions"`
 	Unhealthy  string `json:"unhealthy,omitempty"` // why it is not well: it says so, or it does not answer
+	CrashExact bool   `json:"crash_exact"`         // it keeps journals: its sessions in the software layer outlive it
 }
 
 // SessionTotals counts live sessions by record layer, and those without an owner.

@@ -22,6 +22,7 @@ const (
 	DefaultHangTimeout      = Duration(30 * time.Second)
 	DefaultPoison           = 2
 	DefaultPoisonReset      = Duration(time.Minute)
+	DefaultCrashMemory      = 256 // MiB
 	DefaultPool             = "default"
 	DefaultMinVersion       = "1.2"
 )
@@ -105,6 +106,8 @@ type Pool struct {
 	Probation     Duration          `json:"probation,omitempty"` // how long an upgrade keeps the old generation; 0 does not
 	Poison        int               `json:"poison"`              // crashes in a row, over one session, after which it is closed; 0: never
 	PoisonReset   Duration          `json:"poison_reset"`        // how long a suspect is served in quarantine before it is none any more
+	CrashExact    bool              `json:"crash_exact"`         // workers keep journals, so that a crash of one costs no session of the software layer
+	CrashMemory   int               `json:"crash_memory"`        // MiB of memory for that at most, a worker
 	NoFile        uint64            `json:"nofile,omitempty"`    // NOFILE limit of a worker; 0 keeps the supervisor's
 	Env           map[string]string `json:"env,omitempty"`       // added to the supervisor's environment
 	Dir           string            `json:"dir,omitempty"`       // working directory; empty keeps the supervisor's
@@ -150,6 +153,8 @@ func NewPool() Pool {
 		HangTimeout:   DefaultHangTimeout,
 		Poison:        DefaultPoison,
 		PoisonReset:   DefaultPoisonReset,
+		CrashExact:    true,
+		CrashMemory:   DefaultCrashMemory,
 	}
 }
 

@@ -75,6 +75,8 @@ func (r *reader) config(c *Config, tree map[string]any) {
 					"probation":      r.duration(&p.Probation),
 					"poison":         r.number(&p.Poison),
 					"poison_reset":   r.duration(&p.PoisonReset),
+					"crash_exact":    r.boolean(&p.CrashExact),
+					"crash_memory":   r.number(&p.CrashMemory),
 					"nofile":         r.limit(&p.NoFile),
 					"env":            r.textMap(&p.Env),
 					"dir":            r.text(&p.Dir),

@@ -19,6 +19,7 @@ const (
 	maxWorkers       = 1024
 	maxDuration      = 24 * time.Hour
 	minNoFile        = 64
+	maxCrashMemory   = 64 << 10 // MiB
 	minHeartbeat     = 100 * time.Millisecond
 	minHangTimeout   = time.Second
 	maxPoison        = 100
@@ -100,6 +101,10 @@ func (c *Config) validatePool(p *problems, pool *Pool, key string) {
 	if pool.HangTimeout.D() < minHangTimeout || pool.HangTimeout.D() > maxDuration {
 		p.add(key+".hang_timeout", fmt.Sprintf("give a duration from %s to %s, or leave it out for %s", Duration(minHangTimeout), Duration(maxDuration), DefaultHangTimeout),
 			"%s is not possible: a worker that is only slow would be killed", pool.HangTimeout)
+	}
+	if pool.CrashMemory < 1 || pool.CrashMemory > maxCrashMemory {
+		p.add(key+".crash_memory", fmt.Sprintf("give a number of MiB from 1 to %d, or leave it out for %d", maxCrashMemory, DefaultCrashMemory),
+			"%d MiB are not possible", pool.CrashMemory)
 	}
 	if pool.Probation != 0 { // 0 is none
 		c.duration(p, key+".probation", pool.Probation)

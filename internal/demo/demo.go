@@ -6,7 +6,6 @@ package demo
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -146,11 +145,6 @@ func (d *demo) step(ctx context.Context, name string, mayInterrupt bool, do func
 	d.fleet.Phase(name, mayInterrupt)
 	phase := len(d.fleet.Snapshot().Phases) - 1
 	err := do(ctx, &s)
-	if errors.Is(err, errLeftOut) {
-		d.report.LeftOut = append(d.report.LeftOut, s.What)
-		d.say.leftOut("%s", s.What)
-		return nil
-	}
 	if err == nil {
 		err = d.watchClients(ctx)
 	}

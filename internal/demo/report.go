@@ -20,7 +20,7 @@ type Report struct {
 	Interrupted int            `json:"interrupted"` // had data in flight in a worker that was killed
 	Layer       string         `json:"layer"`       // kernel, software or mixed
 	Steps       []Step         `json:"steps"`
-	LeftOut     []string       `json:"left_out,omitempty"`
+	LeftOut     []string       `json:"left_out,omitempty"` // nothing, nowadays
 	Reasons     map[string]int `json:"lost_reasons,omitempty"`
 	Checked     int64          `json:"bytes_checked"`
 	Seconds     float64        `json:"duration_seconds"`
@@ -115,8 +115,6 @@ func (t *teller) step(format string, args ...any) {
 }
 
 func (t *teller) done(format string, args ...any) { t.line("32", "   "+format, args...) }
-
-func (t *teller) leftOut(format string, args ...any) { t.line("33", "   "+format, args...) }
 
 func (t *teller) line(color, format string, args ...any) {
 	text := fmt.Sprintf(format, args...)

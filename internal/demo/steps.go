@@ -14,9 +14,6 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/pidfd"
 )
 
-// errLeftOut: the step cannot be shown on this machine; Step.What says why.
-var errLeftOut = errors.New("left out")
-
 func (d *demo) serve(_ context.Context, s *Step) error {
 	s.What = fmt.Sprintf("%d clients, %d workers", d.opts.Sessions, workers)
 	return nil
@@ -103,17 +100,6 @@ func (d *demo) killWorker(ctx context.Context, s *Step) error {
 	before, err := d.client.Status(ctx)
 	if err != nil {
 		return err
-	}
-	if t := before.Sessions; t.Kernel != t.Total {
-		why := before.Kernel.Reason
-		if why == "" {
-			why = "see \"ktlsvisor doctor\""
-		}
-		if d.opts.Offload == "software" {
-			why = "--offload software was asked for"
-		}
-		s.What = fmt.Sprintf("%s was left out: here, sessions are in the software layer, which does not survive that yet. With kernel TLS they do. Why not here: %s", s.Name, why)
-		return errLeftOut
 	}
 	died := time.Now()
 	old, err := d.kill(ctx, func(st *admin.Status) int {

@@ -13,11 +13,11 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/internal/e2e/visor"
 )
 
-// A worker of the software layer that is killed takes its sessions along: they are
+// Without journals a worker of the software layer that is killed takes its sessions along: they are
 // counted as lost, their clients see the end at once, the others notice nothing,
 // and another worker takes its place.
 func TestHostKilledWorkerOfSoftwareLayerIsCountedAsLost(t *testing.T) {
-	u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{echo(t)}, "", `offload = "software"`)}})
+	u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{echo(t)}, "", "offload = \"software\"\ncrash_exact = false")}})
 	f := u.fleet(bystanders)
 	st := u.settled(bystanders)
 	victim := st.Pools[0].Workers[0]
@@ -44,14 +44,14 @@ func TestHostKilledWorkerOfSoftwareLayerIsCountedAsLost(t *testing.T) {
 	}
 }
 
-// A worker, old or new, is killed in the middle of an upgrade. In the software layer
-// its sessions are lost, and the upgrade says so with exit code 3; the supervisor's
+// A worker, old or new, is killed in the middle of an upgrade. In the software layer,
+// without journals, its sessions are lost, and the upgrade says so with exit code 3; the supervisor's
 // account is that of the clients, and everybody else lives.
 func TestHostWorkerKilledInTheMiddleOfAnUpgradeIsAccountedFor(t *testing.T) {
 	for _, which := range []string{"old", "new"} {
 		t.Run(which, func(t *testing.T) {
 			dir := tempDir(t)
-			u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{role(t, "stubborn"), dir}, "", "offload = \"software\"\nfreeze_timeout = \"100ms\"")}})
+			u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{role(t, "stubborn"), dir}, "", "offload = \"software\"\ncrash_exact = false\nfreeze_timeout = \"100ms\"")}})
 			f := u.fleet(bystanders)
 			before := visor.WorkerPIDs(u.settled(bystanders))
 			s := u.stubborn(dir)

@@ -32,7 +32,7 @@ const (
 	// descriptor). While no supervisor leads, the keeper reads it and writes the
 	// lines, with Key.Name before each, to Config.Output.
 	KindOutput
-	KindCommit // memory of uncommitted input and output
+	KindArena  // a worker's arena: memory for the journals of its sessions
 	KindTicket // session-ticket keys, in a memfd
 )
 
@@ -50,8 +50,8 @@ func (k Kind) String() string {
 		return "socket"
 	case KindOutput:
 		return "output"
-	case KindCommit:
-		return "commit"
+	case KindArena:
+		return "arena"
 	case KindTicket:
 		return "ticket"
 	default:

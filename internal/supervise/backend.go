@@ -297,6 +297,7 @@ func (s *Supervisor) status() *admin.Status {
 		for _, w := range sortedWorkers(p.workers) {
 			ws := admin.WorkerStatus{PID: w.pid, Generation: w.gen, State: w.state.String(), Sessions: len(w.sessions)}
 			ws.Unhealthy, _ = w.unhealthy()
+			ws.CrashExact = w.arena
 			if w.quarantine {
 				ps.Quarantine = &ws
 				continue

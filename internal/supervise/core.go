@@ -59,14 +59,15 @@ type Supervisor struct {
 	owing        map[uint64]*session // that owe their peer a KeyUpdate
 	keyOps       int                 // goroutines that read or set keys
 	groupMoves   map[*groupMove]struct{}
-	pings        uint32    // sent so far
-	ranFor       runTime   // for heartbeats
-	trim         sys.Trim  // memory, after handshakes and moves
-	trimAt       time.Time // next look
-	quiescing    bool      // a successor is about to start: begin nothing new
-	holding      bool      // nothing is under way, and nothing begins
-	hold         func()    // called once, when nothing works on a socket; see holdLedger
-	replaced     bool      // a successor leads: nothing more is done here
+	estates      map[uint64]*estate // of dead workers
+	pings        uint32             // sent so far
+	ranFor       runTime            // for heartbeats
+	trim         sys.Trim           // memory, after handshakes and moves
+	trimAt       time.Time          // next look
+	quiescing    bool               // a successor is about to start: begin nothing new
+	holding      bool               // nothing is under way, and nothing begins
+	hold         func()             // called once, when nothing works on a socket; see holdLedger
+	replaced     bool               // a successor leads: nothing more is done here
 	stopping     bool
 	idle         []func() // called when nothing is under way
 	unanswered   []func() // questions that came while quiescing
@@ -279,6 +280,7 @@ func (s *Supervisor) onMessage(w *worker, ch *wire.Channel, m *wire.Message) {
 		err = fmt.Errorf("%w: %s is not for workers to send", wire.ErrProtocol, m.Type)
 	}
 	if err != nil {
+		m.CloseSockets()
 		s.detach(w, err)
 	}
 	m.Handled()

@@ -256,6 +256,7 @@ func (s *Supervisor) commit(a *attempt) {
 		}
 	}
 	delete(ss.pool.stays, ss.id)
+	s.settled(ss)
 	ss.owner, ss.epoch, ss.refusals, ss.flags, ss.refusedBy = a.to, a.epoch, 0, 0, nil
 	a.to.sessions[ss.id] = ss
 	if !ss.software {
@@ -407,7 +408,7 @@ func (s *Supervisor) orphan(ss *session, w *worker) {
 		return
 	}
 	if ss.software {
-		s.inspectLost(ss)
+		s.inherit(ss, w.id)
 		return
 	}
 	s.settleKeys(ss, func() { s.interrupted(ss) })

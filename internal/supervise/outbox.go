@@ -127,7 +127,12 @@ func (o *outbox) run() {
 
 func (o *outbox) send(m *wire.Message) error {
 	if m.Type != wire.TypeAdopt {
-		defer m.CloseSockets() // the file of MARKS
+		defer m.CloseSockets() // the file of MARKS or WELCOME
+		if m.Welcome != nil && m.Welcome.Arena > 0 {
+			ctx, cancel := context.WithTimeout(o.ctx, keeperTimeout)
+			defer cancel()
+			arenaOf(ctx, o.keeper, m)
+		}
 		return o.ch.Send(m)
 	}
 	ids := make([]uint64, len(m.Items))

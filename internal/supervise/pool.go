@@ -175,6 +175,7 @@ func (s *Supervisor) onHello(w *worker, h *wire.Hello) error {
 		w.schemas = append(w.schemas, state.Info{Name: sc.Name, Writes: sc.Writes, Restores: sc.Restores})
 	}
 	w.rekeys, w.able = h.Rekey, h.Able
+	w.arena = h.Able&wire.AbleArena != 0 && w.pool.cfg.CrashExact
 	w.greeted = true
 	if w.retained {
 		s.welcome(w)
@@ -183,10 +184,12 @@ func (s *Supervisor) onHello(w *worker, h *wire.Hello) error {
 }
 
 func (s *Supervisor) welcome(w *worker) {
-	s.send(w, &wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: wire.Version, Worker: w.id,
-		Pool: w.pool.name, Generation: w.gen, FreezeTimeout: time.Duration(w.pool.cfg.FreezeTimeout).Milliseconds(),
-		Rekey: s.kernel.Rekey}})
-	s.giveMarks(w)
+	s.giveArena(w, func(arena uint64) {
+		s.send(w, &wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: wire.Version, Worker: w.id,
+			Pool: w.pool.name, Generation: w.gen, FreezeTimeout: time.Duration(w.pool.cfg.FreezeTimeout).Milliseconds(),
+			Rekey: s.kernel.Rekey, Arena: arena}})
+		s.giveMarks(w)
+	})
 }
 
 func (s *Supervisor) onReady(w *worker) error {
@@ -317,6 +320,7 @@ func (s *Supervisor) workerDied(w *worker) {
 	for _, ss := range w.sessions {
 		s.orphan(ss, w)
 	}
+	s.dropArena(w)
 	if w.inventory != nil {
 		w.inventory = nil
 		s.inventoryDone()

@@ -47,6 +47,9 @@ func (s *Supervisor) recoverAll(ctx context.Context, done func()) error {
 	if err := s.recoverSessions(ctx); err != nil {
 		return err
 	}
+	if err := s.recoverArenas(ctx); err != nil {
+		return err
+	}
 	for _, w := range s.workers {
 		if w.unready && len(w.sessions) == 0 {
 			s.kill(w, "it was not ready yet when the supervisor ended")
@@ -230,7 +233,7 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 		}
 		s.park(ss, wire.Cargo{Record: r.current()}, flags)
 	default: // its owner's death had been seen: only then is a worker forgotten
-		s.orphan(ss, &worker{sessions: map[uint64]*session{}})
+		s.orphan(ss, &worker{id: e.Owner, sessions: map[uint64]*session{}})
 	}
 }
 

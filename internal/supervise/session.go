@@ -38,6 +38,8 @@ type session struct {
 	joinFails int    // moves to a group's home that failed in a row
 	bigFacts  []byte // facts too large for the slot
 
+	estate *estate // its owner died, and it has no other yet; see estate.go
+
 	// Changes of keys: see rekey.go.
 	rekey  *rekeying // under way
 	rxBase uint32
@@ -89,6 +91,8 @@ func (ss *session) slotEntry() entry {
 		RXBase: ss.rxBase, Owes: ss.owes, Crashes: ss.crashes}
 	if ss.owner != nil {
 		e.Owner, e.Phase = ss.owner.id, slotOwned
+	} else if ss.estate != nil {
+		e.Owner, e.Phase = ss.estate.worker, slotOwned // what it can go on from is in that worker's arena
 	}
 	return e
 }
@@ -109,6 +113,7 @@ func (s *Supervisor) end(ss *session) {
 		delete(ss.owner.sessions, ss.id)
 	}
 	s.leaveGroup(ss)
+	s.settled(ss)
 	if r := ss.rekey; r != nil {
 		for _, f := range r.waiters {
 			f(errSessionEnded)

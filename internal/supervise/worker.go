@@ -80,6 +80,7 @@ type worker struct {
 	reader   chan struct{} // closed when the reading goroutine has ended
 	greeted  bool          // HELLO came
 	rekeys   bool          // it knows the messages about changes of keys
+	arena    bool          // it keeps journals; see arena.go
 	early    bool          // READY came before the keeper held it
 	unready  bool          // taken over before it was known to be ready
 	retained bool          // the keeper holds it

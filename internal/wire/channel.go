@@ -37,7 +37,7 @@ func (c *Channel) Dup() (int, error) { return c.pc.Dup() }
 // Conn gives access to deadlines.
 func (c *Channel) Conn() *sys.PacketConn { return c.pc }
 
-// Send sends m, whose sockets (ADOPT) are duplicated into the message: the caller
+// Send sends m, whose sockets (ADOPT) and arena (WELCOME) are duplicated into the message: the caller
 // keeps its own. Cargoes and blobs larger than MaxInline go into memory files. It
 // waits in the poller, never in the kernel, while the peer does not read, and tries
 // again for up to ShortageLimit when the machine is short of something.
@@ -121,7 +121,7 @@ func (c *Channel) send(m *Message) error {
 		own, fds = append(own, fd), append(fds, fd)
 		bl.Data, bl.Large = nil, true
 	}
-	if m.Type == TypeMarks {
+	if m.hasFile() {
 		fds = append(fds, m.File)
 	}
 	c.fds = fds[:0]
@@ -137,6 +137,11 @@ func (c *Channel) send(m *Message) error {
 	}
 	c.out = b[:0]
 	return c.pc.Send(b, fds)
+}
+
+// hasFile says whether a memory file comes with m.
+func (m *Message) hasFile() bool {
+	return m.Type == TypeMarks || m.Type == TypeWelcome && m.Welcome != nil && m.Welcome.Arena > 0
 }
 
 func (m *Message) anyLarge() bool {
@@ -281,7 +286,7 @@ func (m *Message) takeFDs(fds []int) (err error) {
 		}
 		bl.Large = false
 	}
-	if m.Type == TypeMarks {
+	if m.hasFile() {
 		if m.File, err = next(); err != nil {
 			return err
 		}

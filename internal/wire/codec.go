@@ -163,6 +163,9 @@ func (m *Message) checkBody() error {
 		if m.Welcome == nil {
 			return errors.New("no body")
 		}
+		if m.Welcome.Arena > MaxArena {
+			return fmt.Errorf("arena of %d bytes, the limit is %d", m.Welcome.Arena, MaxArena)
+		}
 	case TypeGroup, TypeGrouped:
 		if len(m.Refs) != 1 {
 			return errors.New("names no session")

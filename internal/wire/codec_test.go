@@ -65,6 +65,8 @@ func samples() []*Message {
 		{Type: TypeKeys, Items: []Item{{Ref: r, Cargo: Cargo{Record: []byte("secrets")}}}},
 		{Type: TypeHello, Hello: &Hello{Min: 1, Max: 1, PID: 4711, Able: AbleMarks}},
 		{Type: TypeMarks},
+		{Type: TypeHello, Hello: &Hello{Min: 1, Max: 1, PID: 4711, Rekey: true, Able: AbleMarks | AbleArena}},
+		{Type: TypeWelcome, Welcome: &Welcome{Version: 1, Worker: 3, Pool: "chat", Generation: 5, FreezeTimeout: 5000, Arena: 256 << 20}},
 	}
 }
 

@@ -21,3 +21,6 @@ const (
 	// MarkID is the mask of the id.
 	MarkID = 1<<62 - 1
 )
+
+// AbleArena: it takes an arena with WELCOME, and keeps journals there.
+const AbleArena Abilities = 2

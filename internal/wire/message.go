@@ -37,6 +37,7 @@ const (
 	MaxText            = 512      // bytes of a text for people
 	MaxSchemas         = 64       // schemas in a HELLO
 	MaxHandshakeRecord = 64       // bytes of the record in SEND
+	MaxArena           = 64 << 30 // bytes of a worker's arena, of which it uses what it needs
 )
 
 // Type says what a message is.
@@ -193,6 +194,9 @@ type Welcome struct {
 	Generation    uint32 `cbor:"4,keyasint"`
 	FreezeTimeout int64  `cbor:"5,keyasint"`           // milliseconds
 	Rekey         bool   `cbor:"6,keyasint,omitempty"` // the supervisor can change keys in this kernel
+	// Arena is the size in bytes of the memory file that comes with the message, for the
+	// worker's journals of its sessions (ktls.Arena); 0: none comes.
+	Arena uint64 `cbor:"7,keyasint,omitempty"`
 }
 
 // Refused says why a session could not be adopted.
@@ -305,7 +309,7 @@ type Message struct {
 	Drain   bool      `cbor:"14,keyasint,omitempty"` // STOP: leave when no session is left, end none
 	Rekeys  []Rekey   `cbor:"15,keyasint,omitempty"` // KEY_UPDATE REKEYED WANT_UPDATE PAUSE PAUSED SEND SENT CONTINUE UPDATE
 
-	// File is the memory file of MARKS, the message's one descriptor. The holder of the
-	// message owns it.
+	// File is the memory file of MARKS, and of WELCOME with an arena: the message's one
+	// descriptor. The holder of the message owns it.
 	File int `cbor:"-"`
 }

@@ -1,0 +1,91 @@
+package handoff
+
+import (
+	"errors"
+	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+	"github.com/ktlsvisor/ktlsvisor/ktls"
+)
+
+// Journals of sessions in the software layer, in memory that came with WELCOME. A
+// session has a place there from before ADOPTED is sent until it is no longer ours by
+// anyone's reckoning: while PARKED is on its way the place says where the session was
+// taken off its Conn.
+
+// openArena maps the arena that came with WELCOME, if one did. It stays mapped as long
+// as the process lives, since handlers may outlive the loop.
+func (w *worker) openArena(m *wire.Message) {
+	if m.Welcome.Arena == 0 {
+		return
+	}
+	defer m.CloseSockets()
+	mem, err := sys.MapShared(m.File, int(m.Welcome.Arena))
+	if err == nil {
+		if w.arena, err = ktls.OpenArena(mem); err != nil {
+			_ = sys.Unmap(mem)
+		}
+	}
+	if err != nil {
+		w.log.Warn("no journals are kept: a crash of this worker will cost its sessions in the software layer", "error", err)
+	}
+}
+
+// journal begins the journal of a session. nil: it has none.
+func (w *worker) journal(id uint64, epoch wire.Epoch, t *ktls.Conn) *ktls.Place {
+	if w.arena == nil || t.Layer() != ktls.LayerSoftware {
+		return nil
+	}
+	p, err := w.arena.Place(ktls.JournalKey{ID: id, Epoch: uint64(epoch)})
+	if err == nil {
+		if err = t.Journal(p); err != nil {
+			p.Free()
+		}
+	}
+	switch {
+	case errors.Is(err, ktls.ErrArenaFull):
+		if !w.arenaFull.Swap(true) {
+			w.log.Warn("there is no room for more journals: sessions without one are lost if this worker crashes; raise crash_memory", "session", id)
+		}
+		return nil
+	case err != nil:
+		w.log.Warn("session has no journal: it is lost if this worker crashes", "session", id, "error", err)
+		return nil
+	}
+	return p
+}
+
+// rejournal is journal for a session that comes back onto its Conn. The place of before
+// says the same until the new one is used.
+func (c *Conn) rejournal(t *ktls.Conn) {
+	p := c.w.journal(c.id, c.s.owner, t)
+	c.freePlace()
+	c.mu.Lock()
+	c.place = p
+	c.mu.Unlock()
+}
+
+// freePlace ends the journal of a session that has been taken off its Conn or closed.
+func (c *Conn) freePlace() {
+	c.mu.Lock()
+	p := c.place
+	c.place = nil
+	c.mu.Unlock()
+	if p != nil {
+		p.Free()
+	}
+}
+
+// arenaTrim is how long a journal's memory is kept for the next session that needs some.
+const arenaTrim = 5 * time.Second
+
+// trimArena gives memory back that journals did not need for a while.
+func (w *worker) trimArena() {
+	if w.arena == nil {
+		return
+	}
+	if err := w.arena.Trim(); err != nil {
+		w.log.Debug("memory of journals was not given back", "error", err)
+	}
+}

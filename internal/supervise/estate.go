@@ -1,0 +1,219 @@
+package supervise
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+	"github.com/ktlsvisor/ktlsvisor/ktls"
+)
+
+// estate is what a dead worker left behind of its sessions in the software layer: its
+// arena, and the sessions that nobody else owns yet.
+//
+//	death seen -> arena from the keeper -> for each session: its socket from the keeper,
+//	positions from the socket, record from both -> parked, to be adopted as any other
+//
+// Until it has another owner the ledger goes on to say that the dead worker owns it, and
+// the keeper has the arena: a supervisor that dies meanwhile leaves all of this to the
+// next one, which begins anew. Nothing is written into the arena or to the socket, so
+// that it comes to the same.
+type estate struct {
+	worker  uint64
+	left    int        // sessions without another owner
+	waiting []*session // to be looked at
+	busy    bool       // somebody looks
+
+	// Of the goroutine that looks, one at a time.
+	mem      []byte
+	journals *ktls.Journals
+}
+
+// inherit takes a session of a worker that was seen dead.
+func (s *Supervisor) inherit(ss *session, worker uint64) {
+	if r := ss.rekey; r != nil {
+		for _, f := range r.waiters {
+			f(errors.New("its worker died"))
+		}
+		ss.rekey = nil
+	}
+	e := s.estates[worker]
+	if e == nil {
+		e = &estate{worker: worker}
+		if s.estates == nil {
+			s.estates = map[uint64]*estate{}
+		}
+		s.estates[worker] = e
+	}
+	e.left++
+	ss.estate = e
+	e.waiting = append(e.waiting, ss)
+	if !e.busy {
+		e.busy = true
+		go s.post(func() { s.settleEstate(e) }) // when its other sessions are here as well
+	}
+}
+
+// heir is a session that is looked at, away from the goroutine that owns the ledger.
+type heir struct {
+	ss    *session
+	key   ktls.JournalKey
+	facts []byte
+	rec   *ktls.Recovered
+	err   error
+}
+
+func (s *Supervisor) settleEstate(e *estate) {
+	heirs := make([]heir, 0, len(e.waiting))
+	for _, ss := range e.waiting {
+		if s.sessions[ss.id] == ss && ss.estate == e {
+			heirs = append(heirs, heir{ss: ss, key: ktls.JournalKey{ID: ss.id, Epoch: uint64(ss.epoch)}, facts: ss.facts(s.led)})
+		}
+	}
+	e.waiting = nil
+	go func() {
+		for len(heirs) > 0 {
+			batch := heirs[:min(len(heirs), wire.MaxItems)]
+			heirs = heirs[len(batch):]
+			s.recoverBatch(e, batch)
+			s.post(func() { s.inherited(e, batch) })
+		}
+		s.post(func() {
+			e.busy = false
+			if len(e.waiting) > 0 {
+				e.busy = true
+				s.settleEstate(e)
+				return
+			}
+			s.closeEstate(e)
+		})
+	}()
+}
+
+// recoverBatch finds out how far the dead owner of some sessions came with each.
+func (s *Supervisor) recoverBatch(e *estate, batch []heir) {
+	ctx, cancel := context.WithTimeout(s.ctx, keeperTimeout)
+	defer cancel()
+	err := e.open(ctx, s.keeper)
+	var entries []keeper.Entry
+	if err == nil {
+		ids := make([]uint64, len(batch))
+		for i := range batch {
+			ids[i] = batch[i].ss.id
+		}
+		if entries, err = s.keeper.Get(ctx, keeper.KindSocket, ids...); err != nil {
+			err = fmt.Errorf("%w: %w", errNoSocket, err)
+		}
+	}
+	socks := make(map[uint64]int, len(entries))
+	for i := range entries {
+		if len(entries[i].FDs) == 1 {
+			socks[entries[i].Key.ID] = entries[i].FDs[0]
+		}
+	}
+	for i := range batch {
+		h := &batch[i]
+		fd, ok := socks[h.ss.id]
+		switch {
+		case err != nil:
+			h.err = err
+		case !ok:
+			h.err = errNoSocket
+		default:
+			h.rec, h.err = e.journals.Recover(h.key, h.facts, fd)
+		}
+	}
+	for i := range entries {
+		sys.CloseAll(entries[i].FDs)
+	}
+}
+
+var errNoArena = errors.New("its worker kept no journals")
+
+// open maps the dead worker's arena.
+func (e *estate) open(ctx context.Context, k store) error {
+	if e.journals != nil {
+		return nil
+	}
+	fd, err := fetchArena(ctx, k, e.worker)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errNoArena, err)
+	}
+	defer sys.CloseAll([]int{fd})
+	size, err := sys.FileSize(fd)
+	if err != nil {
+		return err
+	}
+	mem, err := sys.MapShared(fd, int(size))
+	if err != nil {
+		return err
+	}
+	if e.journals, err = ktls.OpenJournals(mem); err != nil {
+		_ = sys.Unmap(mem)
+		return err
+	}
+	e.mem = mem
+	return nil
+}
+
+// inherited goes on with sessions of which it is known now how far they came.
+func (s *Supervisor) inherited(e *estate, batch []heir) {
+	for i := range batch {
+		h := &batch[i]
+		ss := h.ss
+		if s.sessions[ss.id] != ss || ss.estate != e {
+			if h.rec != nil {
+				wipe(h.rec.Record)
+			}
+			continue // it ended meanwhile
+		}
+		switch {
+		case h.err == nil:
+			s.led.count(cntInterrupted, 1)
+			if op := ss.pool.op; op != nil {
+				op.report.Interrupted++
+			}
+			s.log.Debug("session goes on from its journal", "session", sid(ss.id), "unsent", h.rec.Unsent, "unread", h.rec.Unread)
+			s.park(ss, wire.Cargo{Record: h.rec.Record}, wire.FlagRestored|wire.FlagInterrupted)
+		case errors.Is(h.err, ktls.ErrConnectionGone):
+			s.led.count(cntClosedUnknown, 1)
+			s.end(ss)
+		case errors.Is(h.err, ktls.ErrNoJournal), errors.Is(h.err, errNoArena):
+			s.inspectLost(ss)
+		default:
+			s.lose(ss, "its worker died, and how far it came is in doubt: "+h.err.Error())
+		}
+	}
+}
+
+// settled notes that a session has another owner, or its end.
+func (s *Supervisor) settled(ss *session) {
+	if e := ss.estate; e != nil {
+		ss.estate = nil
+		e.left--
+		s.closeEstate(e)
+	}
+}
+
+// closeEstate forgets a dead worker when nothing of it is left.
+func (s *Supervisor) closeEstate(e *estate) {
+	if e.busy || e.left > 0 || s.estates[e.worker] != e {
+		return
+	}
+	if e.mem != nil {
+		_ = sys.Unmap(e.mem)
+		e.mem, e.journals = nil, nil
+	}
+	delete(s.estates, e.worker)
+	s.retain.delete(arenaKey(e.worker))
+}
+
+// dropArena forgets the arena of a dead worker that left no session of the software layer.
+func (s *Supervisor) dropArena(w *worker) {
+	if w.arena && s.estates[w.id] == nil {
+		s.retain.delete(arenaKey(w.id))
+	}
+}
