@@ -4,10 +4,11 @@ GO ?= go
 BIN ?= bin
 FUZZTIME ?= 3s
 BENCH_KERNELS ?= 7 6.12
+SOAK ?= 30m
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 export KERNELS VMTEST_PKG VMTEST_RUN VMTEST_WITHOUT VMTEST_VERBOSE VMTEST_JSON VMTEST_MIRROR KERNEL MODULES
 
-.PHONY: help build demo drill faults test fuzz vmtest lint bench bogo
+.PHONY: help build demo drill faults soak test fuzz vmtest lint bench bogo
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +24,9 @@ drill: build ## a thousand clients through upgrades and kills: how long anyone h
 
 faults: ## kills, stops and errors at every step of an upgrade, an adoption and a succession, into docs/faults.md: FAULT_RUN= FAULT_KERNELS=7
 	$(GO) run ./internal/e2e/cmd/faults -only '$(FAULT_RUN)' -kernels '$(FAULT_KERNELS)' $(if $(FAULT_RUN),,-o docs/faults.md)
+
+soak: build ## anything at any moment, with every byte checked: SOAK=30m SOAK_ARGS='-seed 1'
+	$(GO) run ./internal/e2e/cmd/soak -bin $(BIN) -time $(SOAK) $(SOAK_ARGS)
 
 test: ## vet, a short fuzzing, host tests with the race detector, then the guests
 	$(GO) vet ./...

@@ -127,3 +127,8 @@ func (c Case) killsSupervisor() bool {
 
 // closesChannel says whether the channel of a worker ends.
 func (c Case) closesChannel() bool { return c.Fault.Action == "close" }
+
+// shortage says whether something runs out.
+func (c Case) shortage() bool {
+	return c.Fault.Action == "nofile" || strings.HasPrefix(c.Fault.Action, "fail=")
+}

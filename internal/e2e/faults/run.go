@@ -53,7 +53,7 @@ type run struct {
 	crowd *crowd
 	res   *Result
 
-	keeperFDs int // before there was a client
+	keeperFDs int // without clients
 	before    admin.Counters
 }
 
@@ -103,6 +103,10 @@ func (r *run) all(ctx context.Context) (err error) {
 		return err
 	}
 	r.before = st.Counters
+	if r.keeperFDs, err = visor.Descriptors(r.unit.KeeperPID()); err != nil {
+		return err
+	}
+	r.keeperFDs -= clients
 	r.crowd.phase("fault", true)
 	if err := r.operate(ctx, st); err != nil {
 		return err
@@ -133,8 +137,7 @@ func (r *run) start() error {
 		return err
 	}
 	r.unit = u
-	r.keeperFDs, err = visor.Descriptors(u.KeeperPID())
-	return err
+	return nil
 }
 
 // operate does what the case is about, with its fault.
