@@ -131,7 +131,9 @@ func (s *Supervisor) spread(p *pool) bool {
 			return underway > 0 || later
 		}
 		diff := loads[most] - loads[fewest]
-		n := s.shift(most, fewest, diff/2, func(size, done int) bool { return helps(size, done, diff) })
+		// Neither beyond the mean: what is moved is moved once.
+		want := min(loads[most]-total/len(loads), (total+len(loads)-1)/len(loads)-loads[fewest])
+		n := s.shift(most, fewest, want, func(size, done int) bool { return helps(size, done, diff) })
 		if n == 0 {
 			stuck[most] = true
 			for _, ss := range most.sessions {
