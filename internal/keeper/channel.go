@@ -126,20 +126,18 @@ func (c *channel) reply(a answer) error {
 	for {
 		n := pageOf(len(rest), func(i int) (size, fds int) {
 			if a.withFDs {
-				fds = len(rest[i].fds)
+				fds = rest[i].count()
 			}
-			return len(rest[i].name) + len(rest[i].meta), fds
+			return rest[i].size(), fds
 		})
 		m := a.msg
 		fds := a.fds
 		m.Entries = make([]wireEntry, 0, n)
 		for _, h := range rest[:n] {
-			we := wireEntry{Kind: h.kind, ID: h.id, Name: h.name, Meta: []byte(h.meta)}
+			we := wireEntry{Kind: h.kind, ID: h.id, Name: h.name(), Meta: []byte(h.meta())}
 			if a.withFDs {
-				we.FDs = uint8(len(h.fds))
-				for _, fd := range h.fds {
-					fds = append(fds, int(fd))
-				}
+				we.FDs = uint8(h.count())
+				fds = h.descriptors(fds)
 			}
 			m.Entries = append(m.Entries, we)
 		}

@@ -37,17 +37,18 @@ type drain struct {
 func (d *drains) start(entries []*held) {
 	d.on = true
 	for _, h := range entries {
-		if len(h.fds) == 0 {
+		fds := h.descriptors(nil)
+		if len(fds) == 0 {
 			continue
 		}
-		f, err := sys.ReopenPipe(int(h.fds[0]))
+		f, err := sys.ReopenPipe(fds[0])
 		if err != nil {
 			d.log.Error("cannot read a worker's output while there is no supervisor; the worker blocks when its pipe is full", "entry", h.key(), "error", err)
 			continue
 		}
 		dr := &drain{f: f, done: make(chan struct{})}
 		d.active = append(d.active, dr)
-		go dr.run(h.name, d.sink)
+		go dr.run(h.name(), d.sink)
 	}
 }
 

@@ -57,6 +57,7 @@ const (
 	// lastWords is how long after the leader's death its channel may still bring
 	// what it had sent; the kernel closes it before it reports the death.
 	lastWords = 200 * time.Millisecond
+	trimEvery = time.Second
 	// endWait is how long a supervisor that said Done may take to exit.
 	endWait = 2 * time.Second
 )
@@ -108,7 +109,9 @@ type keeper struct {
 	doneProc *proc // who said DONE
 	result   *result
 
-	restart, leadBy, orphan, words, grace, end alarm
+	restart, leadBy, orphan, words, grace, end, idle alarm
+
+	trim sys.Trim // memory, after many entries came or went
 
 	requests chan request
 	gone     chan gone
@@ -192,7 +195,7 @@ func Run(ctx context.Context, cfg Config) (exitCode int, err error) {
 	if err := sys.SetSubreaper(); err != nil {
 		return 1, fmt.Errorf("keeper: become the parent of orphans (PR_SET_CHILD_SUBREAPER): %w", err)
 	}
-	for _, a := range []*alarm{&k.restart, &k.leadBy, &k.orphan, &k.words, &k.grace, &k.end} {
+	for _, a := range []*alarm{&k.restart, &k.leadBy, &k.orphan, &k.words, &k.grace, &k.end, &k.idle} {
 		a.init()
 	}
 	k.drains = drains{log: k.log, sink: newSink(cfg.Output)}
@@ -219,6 +222,7 @@ func (k *keeper) loop(ctx context.Context, children <-chan os.Signal) result {
 	for k.result == nil {
 		select {
 		case r := <-k.requests:
+			k.trim.Did(len(r.msg.Entries) + len(r.msg.IDs))
 			r.answer <- k.handle(r)
 		case g := <-k.gone:
 			k.channelGone(g)
@@ -239,6 +243,9 @@ func (k *keeper) loop(ctx context.Context, children <-chan os.Signal) result {
 		case <-k.orphan.t.C:
 			k.orphan.set = false
 			k.killOrphan()
+		case <-k.idle.t.C:
+			k.idle.set = false
+			k.trim.Tick()
 		case <-k.words.t.C:
 			k.words.set = false
 			for p := range k.procs {
@@ -255,6 +262,9 @@ func (k *keeper) loop(ctx context.Context, children <-chan os.Signal) result {
 			k.log.Warn("the supervisor said that it was done but did not exit; killing it", "pid", k.doneProc.pid)
 			k.finishDone()
 			continue
+		}
+		if k.trim.Due() {
+			k.idle.arm(trimEvery)
 		}
 		k.reconsider()
 	}

@@ -17,39 +17,91 @@ const (
 	headroom = 64
 )
 
-// held is one stored entry: at most about 200 bytes with its share of the map,
-// besides name and data. It owns its descriptors, which are closed when the last
-// reference is gone: a reply that is being sent keeps one, so that an entry
-// replaced meanwhile does not vanish under it.
+// held is one stored entry: 48 bytes and its share of the map for one that is only a
+// descriptor, as those of sessions are. It owns its descriptors, which are closed when the
+// last reference is gone: a reply that is being sent keeps one, so that an entry replaced
+// meanwhile does not vanish under it.
 type held struct {
 	next *held // same kind and id, other name
-	name string
-	meta string
-	fds  []int32
+	more *more // nil for an entry that is only one descriptor
 	id   uint64
 	refs atomic.Int32
+	fd   int32 // the only descriptor, -1 when more has them
 	kind Kind
 }
 
+// more is what most entries do not have.
+type more struct {
+	name string
+	meta string
+	fds  []int32
+}
+
 func newHeld(key Key, meta []byte, fds []int) *held {
-	h := &held{name: key.Name, meta: string(meta), id: key.ID, kind: key.Kind}
-	if len(fds) > 0 {
-		h.fds = make([]int32, len(fds))
-		for i, fd := range fds {
-			h.fds[i] = int32(fd)
+	h := &held{id: key.ID, kind: key.Kind, fd: -1}
+	if len(fds) == 1 {
+		h.fd = int32(fds[0])
+	}
+	if h.fd < 0 || key.Name != "" || len(meta) > 0 {
+		h.more = &more{name: key.Name, meta: string(meta)}
+		if h.fd < 0 && len(fds) > 0 {
+			h.more.fds = make([]int32, len(fds))
+			for i, fd := range fds {
+				h.more.fds[i] = int32(fd)
+			}
 		}
 	}
 	h.refs.Store(1)
 	return h
 }
 
-func (h *held) key() Key { return Key{Kind: h.kind, ID: h.id, Name: h.name} }
+func (h *held) key() Key { return Key{Kind: h.kind, ID: h.id, Name: h.name()} }
+
+func (h *held) name() string {
+	if h.more == nil {
+		return ""
+	}
+	return h.more.name
+}
+
+func (h *held) meta() string {
+	if h.more == nil {
+		return ""
+	}
+	return h.more.meta
+}
+
+// size is what the entry says besides its key.
+func (h *held) size() int { return len(h.name()) + len(h.meta()) }
+
+// count is the number of its descriptors.
+func (h *held) count() int {
+	if h.fd >= 0 {
+		return 1
+	}
+	return len(h.more.fds)
+}
+
+// descriptors appends them to fds; they stay the entry's.
+func (h *held) descriptors(fds []int) []int {
+	if h.fd >= 0 {
+		return append(fds, int(h.fd))
+	}
+	for _, fd := range h.more.fds {
+		fds = append(fds, int(fd))
+	}
+	return fds
+}
 
 func (h *held) release() {
 	if h.refs.Add(-1) > 0 {
 		return
 	}
-	for _, fd := range h.fds {
+	if h.fd >= 0 {
+		_ = sys.Close(int(h.fd))
+		return
+	}
+	for _, fd := range h.more.fds {
 		_ = sys.Close(int(fd))
 	}
 }
@@ -81,10 +133,10 @@ func newStore(nofile uint64) *store {
 func (s *store) put(hs []*held) error {
 	fds, size := 0, 0
 	for _, h := range hs {
-		fds += len(h.fds)
-		size += len(h.meta) + len(h.name)
+		fds += h.count()
+		size += h.size()
 		if old := s.lookup(h.key()); old != nil {
-			fds -= len(old.fds) // it goes when h comes
+			fds -= old.count() // it goes when h comes
 		}
 	}
 	var why error
@@ -110,15 +162,15 @@ func (s *store) put(hs []*held) error {
 		h.next = ids[h.id]
 		ids[h.id] = h
 		s.count++
-		s.bytes += len(h.meta) + len(h.name)
-		s.fds += len(h.fds)
+		s.bytes += h.size()
+		s.fds += h.count()
 	}
 	return nil
 }
 
 func (s *store) lookup(key Key) *held {
 	h := s.kinds[key.Kind][key.ID]
-	for h != nil && h.name != key.Name {
+	for h != nil && h.name() != key.Name {
 		h = h.next
 	}
 	return h
@@ -129,7 +181,7 @@ func (s *store) remove(key Key) {
 	ids := s.kinds[key.Kind]
 	var prev *held
 	for h := ids[key.ID]; h != nil; prev, h = h, h.next {
-		if h.name != key.Name {
+		if h.name() != key.Name {
 			continue
 		}
 		switch {
@@ -141,8 +193,8 @@ func (s *store) remove(key Key) {
 			delete(ids, key.ID)
 		}
 		s.count--
-		s.bytes -= len(h.meta) + len(h.name)
-		s.fds -= len(h.fds)
+		s.bytes -= h.size()
+		s.fds -= h.count()
 		h.release()
 		return
 	}

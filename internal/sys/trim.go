@@ -27,6 +27,9 @@ func (t *Trim) Did(n int) {
 	t.moved = t.moved || n > 0
 }
 
+// Due says whether calling Tick may be of use.
+func (t *Trim) Due() bool { return t.work >= trimWork || t.busy != nil }
+
 // Tick is to be called every second or so; it does something when there was work
 // before and none since the last Tick.
 func (t *Trim) Tick() {
