@@ -35,10 +35,12 @@ func main() {
 	var d drill
 	flag.StringVar(&d.bin, "bin", "bin", "`folder` with ktlsvisor and echo")
 	flag.IntVar(&d.sessions, "sessions", 1000, "clients; each sends ten times a second and checks every byte")
+	flag.IntVar(&d.idle, "idle", 0, "further clients, which say nothing before the end")
+	flag.IntVar(&d.upgrades, "upgrades", 0, "only so many upgrades, instead of all steps")
 	flag.IntVar(&d.workers, "workers", 2, "worker processes")
 	flag.DurationVar(&d.watch, "watch", 2*time.Second, "how long to watch the clients after each step")
 	flag.Parse()
-	if flag.NArg() > 0 || d.sessions < 1 || d.workers < 1 {
+	if flag.NArg() > 0 || d.sessions < 1 || d.idle < 0 || d.upgrades < 0 || d.workers < 1 {
 		flag.Usage()
 		os.Exit(2)
 	}
@@ -55,10 +57,13 @@ func main() {
 type drill struct {
 	bin               string
 	sessions, workers int
+	idle, upgrades    int
 	watch             time.Duration
 
 	unit  *visor.Unit
 	fleet *load.Fleet
+	quiet *idlers
+	moves []string                 // what upgrades said of themselves
 	back  map[string]time.Duration // by step: until the next supervisor answered
 }
 
@@ -78,15 +83,22 @@ func (d *drill) run(out io.Writer) (err error) {
 		return err
 	}
 	defer d.unit.Kill()
-	d.fleet, err = load.Start(context.Background(), load.Options{Addr: d.unit.Addr, Sessions: d.sessions,
-		// The certificate was made in the memory of our own child.
-		TLS: &tls.Config{InsecureSkipVerify: true}})
+	// The certificate was made in the memory of our own child.
+	conf := &tls.Config{InsecureSkipVerify: true}
+	if d.quiet, err = startIdle(d.unit.Addr, d.idle, conf); err != nil {
+		return err
+	}
+	defer d.quiet.close()
+	d.fleet, err = load.Start(context.Background(), load.Options{Addr: d.unit.Addr, Sessions: d.sessions, TLS: conf})
 	if err != nil {
 		return err
 	}
 	st, err := d.settled()
 	if err == nil {
 		err = d.steps()
+	}
+	if err == nil {
+		err = d.quiet.check()
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -106,10 +118,11 @@ func (d *drill) run(out io.Writer) (err error) {
 
 func (d *drill) steps() error {
 	d.back = map[string]time.Duration{}
-	for _, s := range []struct {
+	type step struct {
 		name string
 		do   func() error
-	}{
+	}
+	steps := []step{
 		{"nothing happens", func() error { return nil }},
 		{"upgrade", d.upgrade},
 		{"second upgrade", d.upgrade},
@@ -120,7 +133,14 @@ func (d *drill) steps() error {
 			return err
 		}},
 		{"upgrade after the kill", d.upgrade},
-	} {
+	}
+	if d.upgrades > 0 {
+		steps = steps[:1]
+		for i := range d.upgrades {
+			steps = append(steps, step{fmt.Sprintf("upgrade %d", i+1), d.upgrade})
+		}
+	}
+	for _, s := range steps {
 		d.fleet.Phase(s.name, false)
 		if err := s.do(); err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
@@ -143,7 +163,7 @@ func (d *drill) command(args ...string) error {
 func (d *drill) upgrade() error {
 	before, err := d.settled()
 	if err == nil {
-		err = d.command("upgrade")
+		err = d.move()
 	}
 	if err != nil {
 		return err
@@ -160,9 +180,26 @@ func (d *drill) upgrade() error {
 	return nil
 }
 
+// move upgrades the pool and keeps what the supervisor says of it.
+func (d *drill) move() error {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	r, err := d.unit.Admin.Upgrade(ctx, admin.UpgradeRequest{}, nil)
+	if err != nil {
+		return err
+	}
+	if r.Outcome != admin.OutcomeMoved || len(r.Pools) != 1 {
+		return fmt.Errorf("upgrade: %+v", r)
+	}
+	p := r.Pools[0]
+	d.moves = append(d.moves, fmt.Sprintf("%d moved in %.2f s with the start of the new workers; from FREEZE to RESUME p50 %.1f, p99 %.1f, longest %.1f ms",
+		p.Moved, r.DurationSecs, p.StallP50, p.StallP99, p.StallMax))
+	return nil
+}
+
 func (d *drill) settled() (*admin.Status, error) {
 	return d.unit.Await(patience, "all sessions to have an owner", func(st *admin.Status) bool {
-		return visor.Settled(st) && st.Sessions.Total == d.fleet.Snapshot().Alive
+		return visor.Settled(st) && st.Sessions.Total == d.fleet.Snapshot().Alive+d.idle
 	})
 }
 
@@ -171,7 +208,7 @@ func (d *drill) print(out io.Writer, st *admin.Status, r load.Report) {
 	if st.Sessions.Kernel == st.Sessions.Total {
 		layer = "kernel"
 	}
-	fmt.Fprintf(out, "%d clients, %d workers, %s layer, Linux %s, %s %s/%s, %d CPUs\n\n", d.sessions, d.workers, layer,
+	fmt.Fprintf(out, "%d busy and %d idle clients, %d workers, %s layer, Linux %s, %s %s/%s, %d CPUs\n\n", d.sessions, d.idle, d.workers, layer,
 		st.Kernel.Release, runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU())
 	fmt.Fprintln(out, "| step | lost | wrong bytes | longest stall | p99 | back after | clients' own pause |")
 	fmt.Fprintln(out, "|---|---:|---:|---:|---:|---:|---:|")
@@ -182,7 +219,10 @@ func (d *drill) print(out io.Writer, st *admin.Status, r load.Report) {
 		}
 		fmt.Fprintf(out, "| %s | %d | %d | %s | %s | %s | %s |\n", p.Name, p.Lost, p.WrongBytes, ms(p.LongestStall), ms(p.StallP99), back, ms(p.ClientPause))
 	}
-	fmt.Fprintf(out, "\n%d of %d connections lived to the end; %d bytes came back, %d of them wrong.\n", r.Alive, r.Sessions, r.BytesChecked, r.WrongBytes)
+	for _, m := range d.moves {
+		fmt.Fprintf(out, "\n- %s", m)
+	}
+	fmt.Fprintf(out, "\n\n%d of %d connections lived to the end; %d bytes came back, %d of them wrong.\n", r.Alive, r.Sessions, r.BytesChecked, r.WrongBytes)
 }
 
 func ms(d time.Duration) string { return fmt.Sprintf("%.0f ms", float64(d)/float64(time.Millisecond)) }
