@@ -175,8 +175,7 @@ func (c *Conn) leave() error {
 	return c.updateLocked()
 }
 
-// tryDetach is detach unless somebody uses the session at this moment; then done is
-// false, and detach has to wait for that.
+// tryDetach is detach unless that had to wait for something; then done is false.
 func (c *Conn) tryDetach() (k *kept, err error, done bool) {
 	if err := c.leave(); err != nil {
 		return nil, err, true
@@ -187,11 +186,11 @@ func (c *Conn) tryDetach() (k *kept, err error, done bool) {
 	defer c.wmu.Unlock()
 	fault.Step("before-export")
 	sock, st, err := c.session().TryDetach()
-	fault.Step("after-export")
-	if errors.Is(err, ktls.ErrInUse) {
+	if err != nil { // somebody uses it; or the session has ended, and closing it may take time
 		return nil, nil, false
 	}
-	k, err = c.detachLocked(sock, st, err)
+	fault.Step("after-export")
+	k, err = c.detachLocked(sock, st, nil)
 	return k, err, true
 }
 

@@ -51,6 +51,7 @@ func (w *worker) handle(m *wire.Message) error {
 		}
 	case wire.TypeFreeze:
 		w.freeze(m)
+		w.sendParked() // those at rest: all of them are there
 	case wire.TypeThaw:
 		w.thaw(m)
 	case wire.TypeRelease:

@@ -103,7 +103,7 @@ func (w *worker) step(s *session) {
 		case s.attempt == 0:
 			w.unpark(s)
 		case s.sent != s.attempt:
-			w.send(&wire.Message{Type: wire.TypeParked, Items: []wire.Item{s.parkedItem()}})
+			w.parked(s)
 		}
 	}
 }
@@ -196,11 +196,9 @@ func (w *worker) park(s *session) {
 	rested := s.asleep
 	w.leaves(s)
 	s.phase = phaseParking
-	if rested { // most often nobody uses it, and there is nothing to wait for
-		if k, err, done := s.conn.tryDetach(); done {
-			w.detached(s, k, err, true)
-			return
-		}
+	if k, err, done := s.conn.tryDetach(); done { // as a rule nobody uses it any more
+		w.detached(s, k, err, rested)
+		return
 	}
 	go func() {
 		k, err := s.conn.detach()

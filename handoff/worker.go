@@ -52,6 +52,7 @@ type worker struct {
 	tombs    map[uint64]wire.Closed
 	batches  map[string]*batch
 	resuming map[string][]wire.Ref // RESUMEs of a group whose last part has not come
+	going    gathering             // PARKEDs that wait for others
 	handlers int                   // that run
 	marks    *marks                // nil: nobody wants to know
 	checking time.Time             // since when the health check runs; zero: it does not
@@ -228,6 +229,9 @@ func (w *worker) loop(ctx context.Context, msgs <-chan *wire.Message, sig <-chan
 			w.restIdle()
 		case <-timer.C:
 			w.stopNow()
+		case <-w.going.due():
+			w.going.set = false
+			w.sendParked()
 		}
 		if w.stopping && !w.deadline.IsZero() {
 			timer.Reset(time.Until(w.deadline))
@@ -273,6 +277,9 @@ func (w *worker) send(m *wire.Message) {
 	if w.gone != nil {
 		return
 	}
+	if len(w.going.items) > 0 {
+		w.sendParked()
+	}
 	if err := w.out.put(m); err != nil {
 		w.keep(m)
 		w.lost(fmt.Errorf("%w: %w", wire.ErrProtocol, err))
@@ -296,6 +303,7 @@ func (w *worker) lost(err error) {
 	for _, m := range w.out.abandon() {
 		w.keep(m)
 	}
+	w.keepParked()
 	w.orphan()
 }
 

@@ -62,12 +62,13 @@ type Supervisor struct {
 	estates      map[uint64]*estate // of dead workers
 	pings        uint32             // sent so far
 	ranFor       runTime            // for heartbeats
-	trim         sys.Trim           // memory, after handshakes and moves
-	trimAt       time.Time          // next look
-	quiescing    bool               // a successor is about to start: begin nothing new
-	holding      bool               // nothing is under way, and nothing begins
-	hold         func()             // called once, when nothing works on a socket; see holdLedger
-	replaced     bool               // a successor leads: nothing more is done here
+	pace         pace
+	trim         sys.Trim  // memory, after handshakes and moves
+	trimAt       time.Time // next look
+	quiescing    bool      // a successor is about to start: begin nothing new
+	holding      bool      // nothing is under way, and nothing begins
+	hold         func()    // called once, when nothing works on a socket; see holdLedger
+	replaced     bool      // a successor leads: nothing more is done here
 	stopping     bool
 	idle         []func() // called when nothing is under way
 	unanswered   []func() // questions that came while quiescing

@@ -9,8 +9,8 @@ import (
 )
 
 const (
-	// window is how many sessions of one worker are under way at once; it bounds
-	// the state in flight (the protocol's credit).
+	// window is how many sessions of one worker are under way at once, at most: pace
+	// decides. It bounds the state in flight (the protocol's credit).
 	window = 128
 	// adoptTimeout bounds how long a worker may take to answer ADOPT.
 	adoptTimeout = 10 * time.Second
@@ -78,8 +78,8 @@ func (s *Supervisor) emptyRetiring(p *pool) {
 			continue
 		}
 		// In batches: what every message costs is much more than what a session in it does.
-		room := window - s.leaving(w)
-		if room < window/2 && room < len(w.sessions) || now.Before(w.scanAt) {
+		room := s.pace.window() - s.leaving(w)
+		if room < s.pace.window()/2 && room < len(w.sessions) || now.Before(w.scanAt) {
 			continue
 		}
 		var list []*session
@@ -170,6 +170,7 @@ func (s *Supervisor) onParked(w *worker, m *wire.Message) error {
 	if m.Group != "" {
 		return s.onGroupParked(w, m)
 	}
+	s.pace.parked(m, s.now())
 	items := map[*worker][]wire.Item{}
 	for i := range m.Items {
 		it := &m.Items[i]
@@ -210,6 +211,7 @@ func (s *Supervisor) onParked(w *worker, m *wire.Message) error {
 
 // onAdopted commits: from here on the new worker owns the session, whatever dies.
 func (s *Supervisor) onAdopted(w *worker, m *wire.Message) error {
+	s.pace.adopted(m, s.now())
 	var resume []wire.Ref
 	release := map[*worker][]wire.Ref{}
 	for _, ref := range m.Refs {
