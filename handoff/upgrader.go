@@ -77,6 +77,7 @@ type upgraderOptions struct {
 	freezeTimeout time.Duration
 	moveTime      time.Duration
 	startTime     time.Duration
+	answerTime    time.Duration // of the new process to an ADOPT; tests have less patience
 }
 
 // WithPIDFile has the pid of the process in charge written to a file, and changed when
@@ -112,7 +113,7 @@ func (o *upgraderOptions) defaults() {
 	for _, d := range []struct {
 		v   *time.Duration
 		def time.Duration
-	}{{&o.freezeTimeout, 5 * time.Second}, {&o.moveTime, 10 * time.Second}, {&o.startTime, time.Minute}} {
+	}{{&o.freezeTimeout, 5 * time.Second}, {&o.moveTime, 10 * time.Second}, {&o.startTime, time.Minute}, {&o.answerTime, 20 * time.Second}} {
 		if *d.v <= 0 {
 			*d.v = d.def
 		}

@@ -37,6 +37,7 @@ type giving struct {
 	reply   chan upgradeReply
 	started time.Time
 	pid     int
+	down    *line
 	far     *wire.Channel // duplicate of the new process's end, until it has taken over
 	inode   uint64        // of that end, by which the new process is found
 	why     error         // the reason of a refusal of ours
@@ -67,9 +68,8 @@ type unconfirmed struct {
 }
 
 const (
-	giveWindow  = 256              // sessions on their way at a time
-	answerTime  = 20 * time.Second // for the new process to answer
-	retryMove   = time.Second      // until a session without a safe point is asked again
+	giveWindow  = 256         // sessions on their way at a time
+	retryMove   = time.Second // until a session without a safe point is asked again
 	maxRefusals = 3
 )
 
@@ -80,8 +80,7 @@ func (h *host) startUpgrade(reply chan upgradeReply, asked time.Time) {
 	case h.ended:
 		reply <- upgradeReply{err: ErrStopped}
 		return
-	case h.role == roleLeading && !h.parentGone && h.up == nil && time.Since(asked) < parentTime:
-		// The old process has closed its channel, so it is about to end.
+	case h.role == roleLeading && !h.parentGone && time.Since(asked) < h.parentPatience():
 		time.AfterFunc(hostTick, func() { h.in.post(func() { h.startUpgrade(reply, asked) }) })
 		return
 	case h.role == roleUpgrading:
@@ -112,6 +111,15 @@ func (h *host) startUpgrade(reply chan upgradeReply, asked time.Time) {
 	}()
 }
 
+// parentPatience is how long an Upgrade waits for the old process's end. Once it has
+// closed its channel it is about to end.
+func (h *host) parentPatience() time.Duration {
+	if h.up == nil {
+		return parentTime
+	}
+	return parentTime / 4
+}
+
 // open makes the channel that the new process inherits.
 func (g *giving) open() error {
 	a, b, err := sys.PacketPair()
@@ -140,7 +148,8 @@ func (g *giving) open() error {
 		g.closeFar()
 		return fmt.Errorf("channel with a new process: %w", err)
 	}
-	g.h.down = newLine(near)
+	g.down = newLine(near)
+	g.h.down = g.down
 	return nil
 }
 
@@ -192,10 +201,10 @@ func (g *giving) hello(m *wire.Hello) {
 	}
 	if err != nil {
 		g.why = err
-		h.down.put(&wire.Message{Type: wire.TypeStop, Text: wire.Clip(err.Error())}, nil)
+		g.down.put(&wire.Message{Type: wire.TypeStop, Text: wire.Clip(err.Error())}, nil)
 		return
 	}
-	h.down.put(&wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: wire.Version, Worker: 1,
+	g.down.put(&wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: wire.Version, Worker: 1,
 		Pool: wire.Clip(h.name), Generation: h.inc + 1, FreezeTimeout: h.embed.freezeTimeout.Milliseconds()}}, nil)
 }
 
@@ -209,7 +218,7 @@ func (g *giving) newReady() error {
 		g.h.front.pause()
 		close(g.paused)
 		g.h.in.post(func() {
-			g.h.down.put(&wire.Message{Type: wire.TypeBegin}, nil)
+			g.down.put(&wire.Message{Type: wire.TypeBegin}, nil)
 		})
 	}()
 	for id, r := range g.h.residents {
@@ -277,7 +286,7 @@ var errNoAnswer = errors.New("the new process does not answer")
 
 // pump asks the next sessions to come to a safe point, and sees whether all is done.
 func (g *giving) pump() {
-	if !g.began || g.h.role == roleStopping {
+	if !g.began || g.h.role == roleStopping || g.h.giving != g {
 		return
 	}
 	timeUp := !g.settled && time.Since(g.begun) > g.h.embed.moveTime
@@ -354,7 +363,7 @@ func (g *giving) settle() {
 	}
 	g.settled = true
 	g.answerGroups()
-	g.h.down.put(&wire.Message{Type: wire.TypeSettled}, nil)
+	g.down.put(&wire.Message{Type: wire.TypeSettled}, nil)
 }
 
 // flipped is tableflip's word on the new process: nil when it has taken over, else it is
@@ -415,7 +424,7 @@ func (g *giving) fail(err error) {
 	g.resolve()
 	g.thawAll()
 	g.closeFar()
-	h.down.sever()
+	g.down.sever()
 	h.down, h.giving = nil, nil
 	h.forgetHomes()
 	g.answer(upgradeReply{Upgraded: Upgraded{PID: g.pid, Moved: g.moved, Stayed: len(h.residents), Lost: g.lost, Took: time.Since(g.started)},
@@ -452,7 +461,7 @@ func (h *host) newLost(err error) {
 			g.loseUnconfirmed(n)
 		}
 	} else {
-		h.down.sever() // and with that ends what it was only offered
+		g.down.sever() // and with that ends what it was only offered
 		h.forgetHomes()
 		g.answer(upgradeReply{Upgraded: Upgraded{PID: g.pid, Moved: g.moved, Stayed: len(h.residents), Took: time.Since(g.started)},
 			err: fmt.Errorf("this process goes on, beside the new one for as long as that has sessions: %w", err)})

@@ -154,7 +154,7 @@ func (g *giving) asksForGroup(ref wire.Ref, name string) {
 	hg := g.h.group(name)
 	if len(hg.members) == 0 {
 		hg.there = true
-		g.h.down.put(&wire.Message{Type: wire.TypeGrouped, Refs: []wire.Ref{ref}, Group: name}, nil)
+		g.down.put(&wire.Message{Type: wire.TypeGrouped, Refs: []wire.Ref{ref}, Group: name}, nil)
 		return
 	}
 	if g.settled && g.groupUnit(name) == nil {
@@ -165,7 +165,7 @@ func (g *giving) asksForGroup(ref wire.Ref, name string) {
 }
 
 func (g *giving) refuseRemote(ref wire.Ref, name string) {
-	g.h.down.put(&wire.Message{Type: wire.TypeGrouped, Refs: []wire.Ref{ref}, Group: name,
+	g.down.put(&wire.Message{Type: wire.TypeGrouped, Refs: []wire.Ref{ref}, Group: name,
 		Text: "the group still lives in the old process, which a member does not let go"}, nil)
 }
 
@@ -192,7 +192,7 @@ func (g *giving) groupMoved(name string) {
 	remote := hg.remote
 	hg.remote = nil
 	for _, ref := range remote {
-		g.h.down.put(&wire.Message{Type: wire.TypeGrouped, Refs: []wire.Ref{ref}, Group: name}, nil)
+		g.down.put(&wire.Message{Type: wire.TypeGrouped, Refs: []wire.Ref{ref}, Group: name}, nil)
 	}
 	g.h.grantWaiting(name)
 }

@@ -35,14 +35,27 @@ func newLine(ch *wire.Channel) *line {
 	return l
 }
 
-// put sends m. then, which may be nil, is told once what came of it, in the line's
-// goroutine; an error means that nothing of m was or will be sent. The records in m are
+// put sends m. then, which may be nil, is told once what came of it, most often in the
+// line's goroutine; an error means that nothing of m was or will be sent. The records in m are
 // wiped after that, its sockets are the caller's.
 func (l *line) put(m *wire.Message, then func(error)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.closing {
+		wipeRecords(m)
+		if then != nil {
+			then(errLineClosed)
+		}
+		return
+	}
 	l.list = append(l.list, outgoing{m, then})
 	l.cond.Broadcast()
+}
+
+func wipeRecords(m *wire.Message) {
+	for i := range m.Items {
+		clear(m.Items[i].Cargo.Record)
+	}
 }
 
 var errLineClosed = errors.New("the channel is closed")
@@ -70,9 +83,7 @@ func (l *line) run() {
 				l.mu.Unlock()
 			}
 		}
-		for i := range o.m.Items {
-			clear(o.m.Items[i].Cargo.Record)
-		}
+		wipeRecords(o.m)
 		if o.then != nil {
 			o.then(err)
 		}

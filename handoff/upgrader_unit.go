@@ -141,7 +141,7 @@ func (g *giving) offer(units []*unit) {
 	}
 	var refs []wire.Ref
 	for _, u := range units {
-		u.stage, u.deadline = unitOffered, time.Now().Add(answerTime)
+		u.stage, u.deadline = unitOffered, time.Now().Add(g.h.embed.answerTime)
 		refs = append(refs, u.refs()...)
 	}
 	group := units[0].group
@@ -201,7 +201,7 @@ func (g *giving) send(group string, refs []wire.Ref, l []luggage, last bool) {
 		return
 	}
 	if len(keys) > 0 {
-		g.h.down.put(&wire.Message{Type: wire.TypeKeys, Items: keys}, nil)
+		g.down.put(&wire.Message{Type: wire.TypeKeys, Items: keys}, nil)
 	}
 	parts := wire.BatchItems(items)
 	for i, part := range parts {
@@ -209,7 +209,7 @@ func (g *giving) send(group string, refs []wire.Ref, l []luggage, last bool) {
 		if last && i == len(parts)-1 {
 			m.Last, m.Blobs = true, blobs
 		}
-		g.h.down.put(m, func(error) {
+		g.down.put(m, func(error) {
 			for i := range part {
 				sys.CloseAll([]int{part[i].Socket})
 			}
@@ -272,9 +272,9 @@ func (g *giving) commit(units []*unit) {
 				}
 			}
 		}
-		g.h.down.put(m, then)
+		g.down.put(m, then)
 	}
-	g.h.down.put(&wire.Message{Type: wire.TypePing, Nonce: nonce}, nil)
+	g.down.put(&wire.Message{Type: wire.TypePing, Nonce: nonce}, nil)
 }
 
 // notSent takes back what could not be committed: nobody was told RESUME. Singles fit
@@ -288,7 +288,9 @@ func (g *giving) notSent(nonce uint64, err error) {
 	for _, u := range uc.units {
 		g.takeBack(u, false)
 	}
-	g.h.newLost(err)
+	if g.h.giving == g {
+		g.h.newLost(err)
+	}
 }
 
 // confirmed says that the new process has read a RESUME: its copies here are closed.
@@ -331,8 +333,8 @@ func (g *giving) loseUnconfirmed(nonce uint64) {
 // resolve decides, after the death of the new process, about RESUMEs that it may have
 // read.
 func (g *giving) resolve() {
-	g.h.down.sever() // what waits is not sent any more
-	<-g.h.down.ended
+	g.down.sever() // what waits is not sent any more
+	<-g.down.ended
 	never := map[wire.Ref]bool{}
 	if g.far != nil {
 		_ = g.far.Conn().SetReadDeadline(time.Now().Add(time.Second))
@@ -381,7 +383,7 @@ func (g *giving) refused(list []wire.Refused) {
 				}
 			}
 			for _, part := range wire.BatchRefs(others) {
-				g.h.down.put(&wire.Message{Type: wire.TypeAbort, Refs: part}, nil)
+				g.down.put(&wire.Message{Type: wire.TypeAbort, Refs: part}, nil)
 			}
 		}
 		g.takeBack(u, true)
