@@ -62,8 +62,8 @@ func printStatus(w io.Writer, st *admin.Status) {
 	rows = [][]string{{"POOL", "GENERATION", "WORKER", "STATE", "SESSIONS", "COMMAND"}}
 	for _, p := range st.Pools {
 		command := strings.Join(p.Command, " ")
-		if p.Upgrading {
-			command += " (upgrading)"
+		if p.Operation != "" {
+			command += " (" + p.Operation + ")"
 		}
 		if len(p.Workers) == 0 {
 			rows = append(rows, []string{p.Name, fmt.Sprint(p.Generation), "-", "no worker", "-", command})

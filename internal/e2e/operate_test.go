@@ -253,6 +253,37 @@ func TestNewGenerationThatDiesInItsProbation(t *testing.T) {
 	}
 }
 
+// One that dies with its sessions: they go on in the old generation, and are counted.
+func TestNewGenerationThatDiesWithItsSessions(t *testing.T) {
+	u := start(t, visor.Options{})
+	f := u.fleet(bystanders)
+	before := visor.WorkerPIDs(u.settled(bystanders))
+	c := u.begin("upgrade", "--probation", "10m", "--json")
+	st := u.awaitOperation("probation")
+	f.Phase("kill -9", true)
+	var culprit admin.WorkerStatus
+	for _, w := range st.Pools[0].Workers {
+		if w.Generation == 2 {
+			culprit = w
+		}
+	}
+	if err := u.KillProcess(culprit.PID); err != nil {
+		t.Fatal(err)
+	}
+	var rep admin.UpgradeReport
+	if err := json.Unmarshal([]byte(ended(t, c, 1).Stdout), &rep); err != nil {
+		t.Fatal(err)
+	}
+	if p := rep.Pools[0]; p.Interrupted != culprit.Sessions || p.Returned != bystanders-culprit.Sessions || p.Lost+p.Stayed != 0 {
+		t.Errorf("%d sessions were with the worker that died; report %+v", culprit.Sessions, p)
+	}
+	sameWorkers(t, before, u.settled(bystanders))
+	f.advance()
+	if r := f.stop(); r.Err() != nil {
+		t.Error(r.Err())
+	}
+}
+
 // Whether the new generation understands the old one's state is asked before anything
 // moves; so is the reverse, where there is to be a way back.
 func TestStateCompatibilityBothWays(t *testing.T) {

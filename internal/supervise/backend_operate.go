@@ -9,6 +9,8 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/internal/admin"
 )
 
+var errStopped = errors.New("the unit was stopped over it")
+
 // operate begins an operation on a pool and waits for its end. begin runs in the
 // ledger's goroutine, at once or when the operations before it have ended; after it
 // has returned nil, finished is called once.
@@ -59,6 +61,8 @@ func (b *backend) operate(name string, queue bool, progress func(admin.Progress)
 		return op, nil
 	case err := <-refused:
 		return nil, err
+	case <-b.ended:
+		return nil, errStopped
 	case <-s.done:
 		return nil, errEnding
 	}
@@ -202,6 +206,8 @@ func (b *backend) Abort(ctx context.Context, r admin.AbortRequest, progress func
 		select {
 		case op := <-ended:
 			rep.Pools = append(rep.Pools, op.report)
+		case <-b.ended:
+			return nil, errStopped
 		case <-s.done:
 			return nil, errEnding
 		}

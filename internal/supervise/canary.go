@@ -106,7 +106,7 @@ func (s *Supervisor) stepCanary(op *operation) {
 func (s *Supervisor) askShare(op *operation, n int, fits func(size, done int) bool) (asked int) {
 	var from []*worker
 	for _, w := range sortedWorkers(op.pool.workers) {
-		if w.gen == op.from && w.usable() {
+		if w.gen == op.from && w.usable() && !w.quarantine { // suspects stay where they do no harm
 			from = append(from, w)
 		}
 	}
@@ -126,7 +126,7 @@ func (s *Supervisor) askShare(op *operation, n int, fits func(size, done int) bo
 // again.
 func (s *Supervisor) someoneLater(op *operation, now time.Time) bool {
 	for _, w := range op.pool.workers {
-		if w.gen != op.from || !w.usable() {
+		if w.gen != op.from || !w.usable() || w.quarantine {
 			continue
 		}
 		for _, ss := range w.sessions {

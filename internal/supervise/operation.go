@@ -175,7 +175,7 @@ type stay struct {
 // stayed notes that an attempt was given up. The note lasts until the session has
 // moved or ended.
 func (p *pool) stayed(a *attempt, why string, now time.Time) {
-	if a.from != nil {
+	if a.from != nil && a.joins == "" {
 		if p.stays == nil {
 			p.stays = map[uint64]stay{}
 		}

@@ -116,6 +116,9 @@ func (s *Supervisor) beginDrain(w *worker, wait time.Duration, progress func(adm
 func drainable(w *worker) error {
 	switch w.state {
 	case workerReady, workerRetiring:
+		if w.quarantine {
+			return fmt.Errorf("worker (pid %d) is the quarantine; it ends by itself when nobody is under suspicion", w.pid)
+		}
 		return nil
 	case workerDetached:
 		return fmt.Errorf("worker (pid %d) cannot be reached: %w; it ends when its %d sessions have ended", w.pid, w.broke, len(w.sessions))
