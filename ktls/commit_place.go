@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
@@ -15,12 +16,13 @@ type Commits struct {
 	m         []byte
 	stateOnly bool
 
-	mu              sync.Mutex
-	rec             commitRecord // as published
-	in, state, out  *buffer
-	read            uint64 // counted like wordReceived: what the application was given
-	want            int    // room for the next receive
-	detached, freed bool
+	mu             sync.Mutex
+	rec            commitRecord // as published
+	in, state, out *buffer
+	read           uint64 // counted like wordReceived: what the application was given
+	want           int    // room for the next receive
+	freed          bool
+	off            atomic.Bool // goes on without being kept
 
 	// Under the Conn's write lock: the front of its queued output.
 	lead int // bytes that come before the committed ones
@@ -51,13 +53,20 @@ func (a *Arena) NewCommits(c *Conn, key JournalKey, state []byte, stateOnly bool
 	defer c.rmu.Unlock()
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
-	if err := k.fill(c, state); err != nil {
-		k.Free()
-		return nil, fmt.Errorf("session %d: %w", key.ID, err)
-	}
+	k.fill(c, state)
 	k.publish(k.rec)
+	if k.off.Load() {
+		k.Free()
+		return nil, fmt.Errorf("session %d: %w", key.ID, ErrArenaFull)
+	}
 	sys.StoreShared(k.m, stateCommit)
 	c.commits = k
+	if !stateOnly {
+		c.unread = nil // from here on in k.in
+		if k.out != nil {
+			c.queued = k.out.b[:k.left:k.left]
+		}
+	}
 	if l, ok := c.layer.(*kernelLayer); ok && !stateOnly {
 		l.noted = k.m
 	}
@@ -66,58 +75,61 @@ func (a *Arena) NewCommits(c *Conn, key JournalKey, state []byte, stateOnly bool
 }
 
 // fill puts what there is into chunks.
-func (k *Commits) fill(c *Conn, state []byte) error {
+func (k *Commits) fill(c *Conn, state []byte) {
 	if state != nil {
-		b, err := k.chunk(state)
-		if err != nil {
-			return err
-		}
-		k.state, k.rec.state, k.rec.stateLen = b, chunkRef(b), uint32(len(state))
+		k.state = k.chunk(state)
+		k.rec.state, k.rec.stateLen = chunkRef(k.state), uint32(len(state))
 		k.rec.flags |= commitHasState
 	}
 	if k.stateOnly {
 		k.rec.flags |= commitStateOnly
-		return nil
+		return
 	}
 	if n := len(c.unread); n > 0 {
-		b, err := k.chunk(c.unread)
-		if err != nil {
-			return err
-		}
-		k.in, k.rec.in = b, chunkRef(b)
+		k.in = k.chunk(c.unread)
+		k.rec.in = chunkRef(k.in)
 		k.set(wordReceived, uint64(n))
-		c.unread = nil
 	}
 	if n := len(c.queued); n > 0 {
-		b, err := k.chunk(c.queued)
-		if err != nil {
-			return err
-		}
-		k.out, k.rec.out, k.rec.outLen, k.left = b, chunkRef(b), uint32(n), n
-		c.queued = b.b[:n:n]
+		k.out = k.chunk(c.queued)
+		k.rec.out, k.rec.outLen, k.left = chunkRef(k.out), uint32(n), n
 	}
-	return nil
 }
 
 // chunk returns a chunk that begins with data; nil for no data.
-func (k *Commits) chunk(data ...[]byte) (*buffer, error) {
+func (k *Commits) chunk(data ...[]byte) *buffer {
 	n := 0
 	for _, d := range data {
 		n += len(d)
 	}
 	if n == 0 {
-		return nil, nil
+		return nil
 	}
-	b := k.place.a.alloc(n)
-	if b == nil {
-		return nil, ErrArenaFull
-	}
+	b := k.alloc(n)
 	n = 0
 	for _, d := range data {
 		n += copy(b.b[n:], d)
 	}
-	return b, nil
+	return b
 }
+
+// alloc returns a chunk of at least n bytes. When the arena is full the session goes on
+// without being kept.
+func (k *Commits) alloc(n int) *buffer {
+	if !k.off.Load() {
+		if b := k.place.a.alloc(n); b != nil {
+			return b
+		}
+		k.off.Store(true)
+		k.place.a.lost.Add(1)
+		sys.StoreShared(k.m, stateOff)
+	}
+	return &buffer{b: make([]byte, n)}
+}
+
+// Live says whether what is committed outlives this process. It ends when the arena is
+// full; the session goes on, and its moves are exact as before.
+func (k *Commits) Live() bool { return k != nil && !k.off.Load() }
 
 func (k *Commits) set(word int, v uint64) { sys.StoreShared(k.m[word:], v) }
 func (k *Commits) get(word int) uint64    { return sys.LoadShared(k.m[word:]) }
@@ -130,7 +142,7 @@ func (k *Commits) publish(rec commitRecord) {
 }
 
 func (k *Commits) free(b *buffer) {
-	if b != nil {
+	if b != nil && b.page != 0 {
 		k.place.a.free(b)
 	}
 }
@@ -146,6 +158,7 @@ func (k *Commits) Free() {
 		return
 	}
 	k.freed = true
+	sys.StoreShared(k.m, stateFree)
 	clear(k.m[commitEntry:commitWords])
 	k.free(k.in)
 	k.free(k.state)
@@ -172,10 +185,7 @@ func (k *Commits) room() ([]byte, error) {
 		at = 0
 	}
 	if k.in == nil || len(k.in.b)-at < min(k.want, smallBuf) {
-		b := k.place.a.alloc(live + k.want)
-		if b == nil {
-			return nil, ErrArenaFull
-		}
+		b := k.alloc(live + k.want)
 		if k.in != nil {
 			copy(b.b, k.in.b[at-live:at])
 		}
@@ -317,19 +327,12 @@ func (k *Commits) commit(consumed int, state, rest, output []byte, sent uint64) 
 	oldState, oldOut := k.state, k.out
 	newState, newOut := k.state, k.out
 	if state != nil {
-		if newState, err = k.chunk(state); err != nil {
-			return nil, err
-		}
+		newState = k.chunk(state)
 		rec.state, rec.stateLen = chunkRef(newState), uint32(len(state))
 		rec.flags |= commitHasState
 	}
 	if len(output) > 0 {
-		if newOut, err = k.chunk(rest, output); err != nil {
-			if newState != oldState {
-				k.free(newState)
-			}
-			return nil, err
-		}
+		newOut = k.chunk(rest, output)
 		n := len(rest) + len(output)
 		rec.out, rec.outLen, rec.outBase = chunkRef(newOut), uint32(n), sent
 		queued = newOut.b[:n:n]
