@@ -103,6 +103,7 @@ func (w *worker) adoptOne(it *wire.Item) error {
 		return fmt.Errorf("session %d: %w", it.ID, err)
 	}
 	c := newConn(w, it.ID, t)
+	c.commits, c.durable = w.takeCommits(it.ID, it.Epoch, t, it.Cargo.App)
 	c.place = w.journal(it.ID, it.Epoch, t)
 	c.app = it.Cargo.App
 	c.restored = it.Flags&(wire.FlagRestored|wire.FlagInterrupted) != 0

@@ -44,6 +44,8 @@ type Conn struct {
 	mark    atomic.Pointer[atomic.Uint64] // says whether it is being handled, nil: nobody asks; see marks.go
 	markAt  int                           // which word that is; for the worker's loop
 	running atomic.Bool                   // the handler is
+	commits *ktls.Commits                 // what the application commits; nil: it does not
+	durable bool                          // a crash of this process leaves it to the next owner
 	place   *ktls.Place                   // of the session's journal; nil: it has none
 
 	since atomic.Uint32 // the worker's tick when Read began to wait, 0 when it does not

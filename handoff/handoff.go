@@ -99,6 +99,7 @@ type options struct {
 	health  func(context.Context) error
 
 	restAfter time.Duration
+	commit    commitMode
 
 	embed upgraderOptions
 }

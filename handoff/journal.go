@@ -59,22 +59,27 @@ func (w *worker) journal(id uint64, epoch wire.Epoch, t *ktls.Conn) *ktls.Place 
 // rejournal is journal for a session that comes back onto its Conn. The place of before
 // says the same until the new one is used.
 func (c *Conn) rejournal(t *ktls.Conn) {
+	c.mu.Lock()
+	app := c.app
+	c.mu.Unlock()
+	k, durable := c.w.takeCommits(c.id, c.s.owner, t, app)
 	p := c.w.journal(c.id, c.s.owner, t)
 	c.freePlace()
 	c.mu.Lock()
-	c.place = p
+	c.place, c.commits, c.durable = p, k, durable
 	c.mu.Unlock()
 }
 
 // freePlace ends the journal of a session that has been taken off its Conn or closed.
 func (c *Conn) freePlace() {
 	c.mu.Lock()
-	p := c.place
-	c.place = nil
+	p, k := c.place, c.commits
+	c.place, c.commits = nil, nil
 	c.mu.Unlock()
 	if p != nil {
 		p.Free()
 	}
+	k.Free() // after the journal that counts with it
 }
 
 // arenaTrim is how long a journal's memory is kept for the next session that needs some.

@@ -93,7 +93,7 @@ func (c *Conn) tire(now uint32) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	idle := c.dead == nil && !c.detached && !c.moving.on && !c.stopping && !c.flushing && c.barrier == nil &&
-		c.holds == 0 && c.rdl.IsZero() && c.tls.Buffered() == 0 && c.tls.Pending() == 0
+		c.holds == 0 && c.rdl.IsZero() && c.tls.Buffered() == 0 && c.tls.Uncommitted() == 0 && c.tls.Pending() == 0
 	if !idle || !c.since.CompareAndSwap(since, 0) { // Read came back
 		return false
 	}

@@ -133,6 +133,7 @@ func (w *worker) start(s *session) {
 			})
 		}()
 		c.begins()
+		c.rewind()
 		err = w.handler.Serve(ctx, c)
 		returned = true
 	}()

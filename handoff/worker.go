@@ -47,6 +47,7 @@ type worker struct {
 	// What follows belongs to the loop.
 	welcome  *wire.Welcome
 	arena    *ktls.Arena // for journals; nil: none are kept
+	private  *ktls.Arena // for commits without it
 	rest     *rest       // nil: sessions get none
 	sessions map[uint64]*session
 	tombs    map[uint64]wire.Closed

@@ -270,7 +270,7 @@ func commitsOverKills(t *testing.T, layer Layer, version uint16) {
 			if ws, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); !ok || !ws.Signaled() {
 				t.Fatalf("kill %d: the second process ended by itself: %v", i, err)
 			}
-			commits, err := OpenCommits(mem, func(k JournalKey) bool { return k == job.Key })
+			commits, err := OpenCommits(mem)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -8,10 +8,10 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
-// CommitLog is what the sessions of a process that was seen dead had committed. It has
-// copies of everything.
+// CommitLog is what the sessions of a process that was seen dead had committed.
 type CommitLog struct {
-	found map[JournalKey][]*commitCopy
+	mem   []byte
+	slots map[JournalKey][]int
 }
 
 // commitCopy is one slot's content.
@@ -30,16 +30,16 @@ type commitCopy struct {
 	err      error // it cannot be trusted
 }
 
-// OpenCommits reads what was committed from an arena whose owner was seen dead, for the
-// sessions that want says yes to. mem need not stay mapped.
-func OpenCommits(mem []byte, want func(JournalKey) bool) (*CommitLog, error) {
+// OpenCommits looks through an arena whose owner was seen dead for what was committed.
+// mem must stay mapped as long as the result is used.
+func OpenCommits(mem []byte) (*CommitLog, error) {
 	n, err := checkArena(mem)
 	if err != nil {
 		return nil, err
 	}
-	log := &CommitLog{found: map[JournalKey][]*commitCopy{}}
+	l := &CommitLog{mem: mem, slots: map[JournalKey][]int{}}
 	for i := range n {
-		m := mem[arenaHeader+i*slotSize:][:slotSize:slotSize]
+		m := l.slot(i)
 		state := sys.LoadShared(m)
 		if state == stateFree && binary.LittleEndian.Uint64(m[slotID:]) == 0 {
 			break // slots are taken in order
@@ -47,33 +47,31 @@ func OpenCommits(mem []byte, want func(JournalKey) bool) (*CommitLog, error) {
 		if state != stateCommit {
 			continue
 		}
-		// One look at memory, so that what is checked is what is used.
-		m = append(make([]byte, 0, slotSize), m...)
-		rec, ok := newestCommit(m)
-		key := JournalKey{rec.id, rec.epoch}
-		if !ok || !want(key) {
-			continue
+		if rec, ok := newestCommit(m); ok {
+			key := JournalKey{rec.id, rec.epoch}
+			l.slots[key] = append(l.slots[key], i)
 		}
-		k := &commitCopy{born: rec.born, kept: rec.flags&commitStateOnly == 0, consumed: rec.consumed, outBase: rec.outBase}
-		k.err = k.read(mem, m, n, rec)
-		log.found[key] = append(log.found[key], k)
 	}
-	return log, nil
+	return l, nil
 }
 
-// Len is the number of sessions in the log.
-func (l *CommitLog) Len() int { return len(l.found) }
+func (l *CommitLog) slot(i int) []byte { return l.mem[arenaHeader+i*slotSize:][:slotSize:slotSize] }
 
-// of returns the copy that goes with a journal, or, in the kernel layer, the last one.
+// Len is the number of sessions in the log.
+func (l *CommitLog) Len() int { return len(l.slots) }
+
+// of returns a copy of what goes with a journal, or, in the kernel layer, of the last.
 func (l *CommitLog) of(key JournalKey, journal *Recovered) *commitCopy {
 	var last *commitCopy
-	for _, k := range l.found[key] {
-		if journal != nil && k.born == journal.born {
-			return k
+	for _, i := range l.slots[key] {
+		// One look at memory, so that what is checked is what is used.
+		m := append(make([]byte, 0, slotSize), l.slot(i)...)
+		rec, ok := newestCommit(m)
+		if !ok || rec.id != key.ID || rec.epoch != key.Epoch || journal != nil && rec.born != journal.born || last != nil && last.born > rec.born {
+			continue
 		}
-		if journal == nil && (last == nil || k.born > last.born) {
-			last = k
-		}
+		last = &commitCopy{born: rec.born, kept: rec.flags&commitStateOnly == 0, consumed: rec.consumed, outBase: rec.outBase}
+		last.err = last.read(l.mem, m, rec)
 	}
 	return last
 }
@@ -92,7 +90,11 @@ var errNotThere = errors.New("it refers to what is not there")
 
 // read copies what a slot refers to. mem may be written by whom the owner gave it
 // to, so lengths are checked, and bytes copied once.
-func (k *commitCopy) read(mem, m []byte, slots int, rec commitRecord) (err error) {
+func (k *commitCopy) read(mem, m []byte, rec commitRecord) (err error) {
+	slots, err := checkArena(mem)
+	if err != nil {
+		return err
+	}
 	word := func(at int) uint64 { return binary.LittleEndian.Uint64(m[at:]) }
 	chunk := func(ref, from, to uint64) ([]byte, error) {
 		page, size := ref>>32, ref&0xffffffff
