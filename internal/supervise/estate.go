@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
@@ -11,8 +12,9 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
-// estate is what a dead worker left behind of its sessions in the software layer: its
-// arena, and the sessions that nobody else owns yet.
+// estate is what a dead worker left behind of its sessions: its arena, with the journals
+// of those in the software layer and with what applications committed, and the sessions
+// that nobody else owns yet.
 //
 //	death seen -> arena from the keeper -> for each session: its socket from the keeper,
 //	positions from the socket, record from both -> parked, to be adopted as any other
@@ -30,16 +32,11 @@ type estate struct {
 	// Of the goroutine that looks, one at a time.
 	mem      []byte
 	journals *ktls.Journals
+	commits  *ktls.CommitLog
 }
 
 // inherit takes a session of a worker that was seen dead.
 func (s *Supervisor) inherit(ss *session, worker uint64) {
-	if r := ss.rekey; r != nil {
-		for _, f := range r.waiters {
-			f(errors.New("its worker died"))
-		}
-		ss.rekey = nil
-	}
 	e := s.estates[worker]
 	if e == nil {
 		e = &estate{worker: worker}
@@ -50,6 +47,21 @@ func (s *Supervisor) inherit(ss *session, worker uint64) {
 	}
 	e.left++
 	ss.estate = e
+	if !ss.software {
+		s.settleKeys(ss, func() { s.inspect(ss, e) })
+		return
+	}
+	if r := ss.rekey; r != nil {
+		for _, f := range r.waiters {
+			f(errors.New("its worker died"))
+		}
+		ss.rekey = nil
+	}
+	s.inspect(ss, e)
+}
+
+// inspect has somebody look how far the dead worker came with a session.
+func (s *Supervisor) inspect(ss *session, e *estate) {
 	e.waiting = append(e.waiting, ss)
 	if !e.busy {
 		e.busy = true
@@ -62,15 +74,19 @@ type heir struct {
 	ss    *session
 	key   ktls.JournalKey
 	facts []byte
+	base  []byte // kernel layer: the record state that every owner begins with
 	rec   *ktls.Recovered
 	err   error
+
+	com    *ktls.Committed // nil: its application committed nothing
+	comErr error           // what it committed cannot be told
 }
 
 func (s *Supervisor) settleEstate(e *estate) {
 	heirs := make([]heir, 0, len(e.waiting))
 	for _, ss := range e.waiting {
 		if s.sessions[ss.id] == ss && ss.estate == e {
-			heirs = append(heirs, heir{ss: ss, key: ktls.JournalKey{ID: ss.id, Epoch: uint64(ss.epoch)}, facts: ss.facts(s.led)})
+			heirs = append(heirs, s.heir(ss))
 		}
 	}
 	e.waiting = nil
@@ -93,17 +109,36 @@ func (s *Supervisor) settleEstate(e *estate) {
 	}()
 }
 
-// recoverBatch finds out how far the dead owner of some sessions came with each.
+// heir says what is to be known of a session.
+func (s *Supervisor) heir(ss *session) heir {
+	h := heir{ss: ss, key: ktls.JournalKey{ID: ss.id, Epoch: uint64(ss.epoch)}}
+	if ss.software {
+		h.facts = ss.facts(s.led)
+		return h
+	}
+	r, err := s.led.record(ss.slot, false)
+	if err != nil {
+		h.err = err
+		return h
+	}
+	h.base = slices.Clone(r.Record)
+	return h
+}
+
+// recoverBatch finds out how far the dead owner of some sessions came with each. In the
+// kernel layer the socket has everything but what the application committed.
 func (s *Supervisor) recoverBatch(e *estate, batch []heir) {
 	ctx, cancel := context.WithTimeout(s.ctx, keeperTimeout)
 	defer cancel()
 	err := e.open(ctx, s.keeper)
 	var entries []keeper.Entry
-	if err == nil {
-		ids := make([]uint64, len(batch))
-		for i := range batch {
-			ids[i] = batch[i].ss.id
+	var ids []uint64
+	for i := range batch {
+		if batch[i].ss.software {
+			ids = append(ids, batch[i].ss.id)
 		}
+	}
+	if err == nil && len(ids) > 0 {
 		if entries, err = s.keeper.Get(ctx, keeper.KindSocket, ids...); err != nil {
 			err = fmt.Errorf("%w: %w", errNoSocket, err)
 		}
@@ -116,14 +151,23 @@ func (s *Supervisor) recoverBatch(e *estate, batch []heir) {
 	}
 	for i := range batch {
 		h := &batch[i]
-		fd, ok := socks[h.ss.id]
-		switch {
-		case err != nil:
-			h.err = err
-		case !ok:
-			h.err = errNoSocket
-		default:
-			h.rec, h.err = e.journals.Recover(h.key, h.facts, fd)
+		record := h.base
+		if h.ss.software {
+			fd, ok := socks[h.ss.id]
+			switch {
+			case err != nil:
+				h.err = err
+			case !ok:
+				h.err = errNoSocket
+			default:
+				h.rec, h.err = e.journals.Recover(h.key, h.facts, fd)
+			}
+			if h.err == nil {
+				record = h.rec.Record
+			}
+		}
+		if h.err == nil && e.commits != nil {
+			h.com, h.comErr = e.commits.Amend(h.key, record, h.rec)
 		}
 	}
 	for i := range entries {
@@ -155,6 +199,11 @@ func (e *estate) open(ctx context.Context, k store) error {
 		_ = sys.Unmap(mem)
 		return err
 	}
+	if e.commits, err = ktls.OpenCommits(mem); err != nil {
+		e.journals = nil
+		_ = sys.Unmap(mem)
+		return err
+	}
 	e.mem = mem
 	return nil
 }
@@ -165,19 +214,14 @@ func (s *Supervisor) inherited(e *estate, batch []heir) {
 		h := &batch[i]
 		ss := h.ss
 		if s.sessions[ss.id] != ss || ss.estate != e {
-			if h.rec != nil {
-				wipe(h.rec.Record)
-			}
+			h.wipe()
 			continue // it ended meanwhile
 		}
 		switch {
 		case h.err == nil:
-			s.led.count(cntInterrupted, 1)
-			if op := ss.pool.op; op != nil {
-				op.report.Interrupted++
-			}
-			s.log.Debug("session goes on from its journal", "session", sid(ss.id), "unsent", h.rec.Unsent, "unread", h.rec.Unread)
-			s.park(ss, wire.Cargo{Record: h.rec.Record}, wire.FlagRestored|wire.FlagInterrupted)
+			s.parkHeir(h)
+		case !ss.software:
+			s.lose(ss, h.err.Error())
 		case errors.Is(h.err, ktls.ErrConnectionGone):
 			s.led.count(cntClosedUnknown, 1)
 			s.end(ss)
@@ -186,6 +230,50 @@ func (s *Supervisor) inherited(e *estate, batch []heir) {
 		default:
 			s.lose(ss, "its worker died, and how far it came is in doubt: "+h.err.Error())
 		}
+	}
+}
+
+// parkHeir has a session adopted. It counts as interrupted, unless its application loses
+// nothing because it committed.
+func (s *Supervisor) parkHeir(h *heir) {
+	ss, cargo, flags := h.ss, wire.Cargo{Record: h.base}, wire.FlagRestored|wire.FlagInterrupted
+	if h.rec != nil {
+		cargo.Record = h.rec.Record
+		s.log.Debug("session goes on from its journal", "session", sid(ss.id), "unsent", h.rec.Unsent, "unread", h.rec.Unread)
+	}
+	switch c := h.com; {
+	case h.comErr != nil:
+		s.log.Error("what a dead worker had committed of a session cannot be told; it goes on as interrupted", "session", sid(ss.id), "error", h.comErr)
+	case c != nil:
+		s.log.Debug("session goes on from its last commit", "session", sid(ss.id), "exact", c.Exact, "again", c.Again, "unsent", c.Unsent)
+		if h.rec != nil && &c.Record[0] != &h.rec.Record[0] {
+			wipe(h.rec.Record)
+		}
+		cargo = wire.Cargo{Record: c.Record, App: c.State}
+		if c.Exact {
+			flags = wire.FlagRestored
+		}
+	}
+	if flags&wire.FlagInterrupted != 0 {
+		s.led.count(cntInterrupted, 1)
+		if op := ss.pool.op; op != nil {
+			op.report.Interrupted++
+		}
+	}
+	s.park(ss, cargo, flags)
+	if h.com == nil && !ss.software {
+		// The ledger has all there is.
+		s.settled(ss)
+		s.led.put(ss.slot, ss.slotEntry())
+	}
+}
+
+func (h *heir) wipe() {
+	if h.rec != nil {
+		wipe(h.rec.Record)
+	}
+	if h.com != nil {
+		wipe(h.com.Record)
 	}
 }
 
@@ -205,7 +293,7 @@ func (s *Supervisor) closeEstate(e *estate) {
 	}
 	if e.mem != nil {
 		_ = sys.Unmap(e.mem)
-		e.mem, e.journals = nil, nil
+		e.mem, e.journals, e.commits = nil, nil, nil
 	}
 	delete(s.estates, e.worker)
 	s.retain.delete(arenaKey(e.worker))

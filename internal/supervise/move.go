@@ -409,26 +409,7 @@ func (s *Supervisor) orphan(ss *session, w *worker) {
 		s.putParked(ss, a.cargo.Record)
 		return
 	}
-	if ss.software {
-		s.inherit(ss, w.id)
-		return
-	}
-	s.settleKeys(ss, func() { s.interrupted(ss) })
-}
-
-// interrupted parks a session of the kernel layer whose owner has died.
-func (s *Supervisor) interrupted(ss *session) {
-	r, err := s.led.record(ss.slot, ss.software)
-	if err != nil {
-		s.lose(ss, err.Error())
-		return
-	}
-	s.led.count(cntInterrupted, 1)
-	if op := ss.pool.op; op != nil {
-		op.report.Interrupted++
-	}
-	s.park(ss, wire.Cargo{Record: r.Record}, wire.FlagRestored|wire.FlagInterrupted)
-	s.led.put(ss.slot, ss.slotEntry())
+	s.inherit(ss, w.id)
 }
 
 // putParked records a session without an owner, with the record state that it
