@@ -393,10 +393,8 @@ func (s *Supervisor) abortAttemptsOf(w *worker, why string) {
 }
 
 // orphan takes a session from an owner that has been seen dead. One that was
-// parked goes on from its parked state. Otherwise in the kernel layer the socket
-// has everything and the record stream is exact; what the application had in hand
-// is gone, so it counts as interrupted. In the software layer the record state
-// died with the worker, and going on could use a sequence number twice (I5).
+// parked goes on from its parked state. Otherwise what the owner left behind says how
+// far it came: see estate.go.
 func (s *Supervisor) orphan(ss *session, w *worker) {
 	delete(w.sessions, ss.id)
 	ss.owner = nil

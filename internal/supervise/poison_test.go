@@ -71,7 +71,14 @@ func (u *unit) dies(f *fake, handling ...wire.Ref) {
 		}
 	})
 	f.kill()
-	u.until(func() bool { return u.s.workers[f.w.id] == nil })
+	u.until(func() bool {
+		for _, e := range u.s.estates {
+			if e.busy {
+				return false // its sessions are still looked at
+			}
+		}
+		return u.s.workers[f.w.id] == nil
+	})
 }
 
 // adopts takes n sessions, in any number of messages.

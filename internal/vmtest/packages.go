@@ -37,4 +37,4 @@ var testPackages = []testPackage{
 }
 
 // programs are built into the /bin of a guest in which a package wants them.
-var programs = []string{"cmd/ktlsvisor", "examples/echo", "examples/chat"}
+var programs = []string{"cmd/ktlsvisor", "examples/echo", "examples/chat", "examples/committing"}
