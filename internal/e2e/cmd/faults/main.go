@@ -42,6 +42,7 @@ type command struct {
 	retry   int
 	table   string
 	kernels string
+	host    bool
 	guest   bool
 	limit   time.Duration
 	verbose bool
@@ -64,6 +65,7 @@ func main() {
 	flag.IntVar(&c.retry, "retry", 1, "how often a case is run again whose step was not reached")
 	flag.StringVar(&c.table, "o", "", "`file` for the table")
 	flag.StringVar(&c.kernels, "kernels", "", "run the kernel layer in guests with these kernels, too")
+	flag.BoolVar(&c.host, "host", true, "run cases on this machine")
 	flag.BoolVar(&c.guest, "guest", false, "this is a guest: print results for the host")
 	flag.DurationVar(&c.limit, "limit", 40*time.Minute, "of a guest")
 	flag.BoolVar(&c.verbose, "v", false, "print the log of cases that are wrong")
@@ -99,13 +101,16 @@ func (c *command) run(ctx context.Context, out io.Writer) error {
 		return err
 	}
 	c.o.Bin = bin
-	list, err := c.choose(ctx, out)
-	if err != nil {
-		return err
+	var sections []faults.Section
+	if c.host {
+		list, err := c.choose(ctx, out)
+		if err != nil {
+			return err
+		}
+		s := faults.Section{Layer: c.o.Layer, Where: "on the machine itself"}
+		s.Results = c.runAll(ctx, out, list)
+		sections = append(sections, s)
 	}
-	section := faults.Section{Layer: c.o.Layer, Where: "on a machine without kernel TLS"}
-	section.Results = c.runAll(ctx, out, list)
-	sections := []faults.Section{section}
 	if c.kernels != "" {
 		more, err := c.inGuests(ctx, out)
 		if err != nil {
