@@ -48,7 +48,7 @@ func serve(ctx context.Context, log hclog.Logger, version string, craft func(*ne
 		log.Error("supervisor cannot start", "error", err)
 		return 1
 	}
-	s := newSupervisor(ctx, log, faulty(p.client))
+	s := newSupervisor(ctx, log, patientStore{faulty(p.client)})
 	s.version, s.started, s.craft = version, started, craft
 	defer s.cancel()
 	first, err := s.boot(p)

@@ -2,7 +2,6 @@ package supervise
 
 import (
 	"context"
-	"errors"
 	"sync"
 	"time"
 
@@ -13,12 +12,6 @@ import (
 // keeperTimeout bounds one exchange with the keeper. The keeper does nothing that
 // waits, so running into this means that the machine is stuck or the keeper dead.
 const keeperTimeout = 30 * time.Second
-
-// How often, and how far apart, the keeper is asked for what must not fail.
-const (
-	keeperTries = 10
-	keeperPause = 50 * time.Millisecond
-)
 
 // store is what the supervisor needs of the keeper while it serves.
 type store interface {
@@ -172,11 +165,6 @@ func (r *retainer) carryOut(batch []order) {
 				keys[i] = run[i].del
 			}
 			err = r.client.Delete(ctx, keys...)
-			for tries := 1; tries < keeperTries && err != nil && !errors.Is(err, keeper.ErrClosed); tries++ {
-				// Nothing else would ever close those descriptors.
-				time.Sleep(keeperPause)
-				err = r.client.Delete(ctx, keys...)
-			}
 		}
 		cancel()
 		for i := range run {
@@ -196,10 +184,6 @@ func (r *retainer) touchSockets(ctx context.Context, run []order) error {
 		orders[ids[i]] = &run[i]
 	}
 	entries, err := r.client.Get(ctx, keeper.KindSocket, ids...)
-	for tries := 1; tries < keeperTries && err != nil && !errors.Is(err, keeper.ErrClosed); tries++ {
-		time.Sleep(keeperPause) // short of descriptors for a moment, most likely
-		entries, err = r.client.Get(ctx, keeper.KindSocket, ids...)
-	}
 	open := map[uint64]bool{}
 	for i := range entries {
 		for _, fd := range entries[i].FDs {

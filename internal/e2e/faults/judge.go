@@ -30,6 +30,7 @@ type Result struct {
 	Seen     Seen
 	Counters admin.Counters // at the end
 	Reasons  map[string]uint64
+	Detached int      // workers that go on without a channel
 	Refused  int      // clients that could not connect meanwhile
 	Wrong    []string // what the design does not allow
 	Steps    []Step   // with Options.Trace
@@ -87,15 +88,31 @@ func (r *run) recovered() error {
 		return err
 	}
 	r.crowd.phase("after", false)
-	if r.c.Fault.Action == "close" {
-		return nil // what a detached worker has cannot move; TestWorkerThatBreaksTheProtocol… upgrades then
+	st, err := r.awaitQuiet()
+	if err != nil {
+		return err
+	}
+	if r.res.Detached = detached(st); r.res.Detached > 0 {
+		return nil // what they have cannot move
 	}
 	res := r.unit.Run("upgrade", "--wait", "15s")
 	if res.Code != 0 {
 		r.res.wrong("an upgrade afterwards: %s", res)
 	}
-	_, err := r.awaitQuiet()
+	_, err = r.awaitQuiet()
 	return err
+}
+
+// detached is how many workers go on without a control channel.
+func detached(st *admin.Status) (n int) {
+	for _, p := range st.Pools {
+		for _, w := range p.Workers {
+			if w.State == "detached" {
+				n++
+			}
+		}
+	}
+	return n
 }
 
 // wind lets the clients end, and compares all accounts.
@@ -146,7 +163,7 @@ func (r *run) judge() {
 	}
 	// A worker that dies takes along what it has not said of a client that has just left.
 	leaving := r.c.killsWorker() && (r.c.Op == Accept || r.crowd.gone) && c.ClosedUnknown <= peers
-	if c.ClosedUnknown > 0 && !r.c.closesChannel() && !leaving {
+	if c.ClosedUnknown > 0 && r.res.Detached == 0 && !r.c.closesChannel() && !leaving {
 		r.res.wrong("%d sessions ended of which nobody knows how", c.ClosedUnknown)
 	}
 	if r.res.Exit == 3 && c.Lost == 0 || r.res.Exit == 2 {
@@ -166,11 +183,9 @@ func (r *run) mayLose() bool {
 	if r.c.Op == Accept && (r.c.killsSupervisor() || r.c.shortage()) {
 		return true
 	}
-	return r.Layer == "software" && r.c.killsWorker() && !journal
+	// In the software layer a worker without a journal takes its sessions along.
+	return r.Layer == "software" && r.c.killsWorker() && r.c.shortage() && strings.Contains(r.unit.Log(), "keeps no journals")
 }
-
-// journal: sessions of the software layer outlive their worker.
-const journal = false
 
 // end stops the unit as its operator would.
 func (r *run) end() {

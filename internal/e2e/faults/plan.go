@@ -42,9 +42,9 @@ func actions(s Step) []string {
 	}
 }
 
-// kept names messages that are not dropped, because nothing answers them and the session
+// kept names messages that are not dropped, because nobody would ask again and a session
 // would stand still until the next inventory: the socket that carries them loses none.
-var kept = []string{"RESUME"}
+var kept = []string{"RESUME", "INVENTORY", "INVENTORY_REPLY"}
 
 // Cases makes the cases of an operation from the steps that a run of it has passed. every
 // step fails when it is passed for the first time; with twice set also when it is passed

@@ -32,7 +32,7 @@ func (r *Result) Outcome() string {
 		return LostSome
 	case r.Counters.Interrupted > 0:
 		return Interrupted
-	case r.Exit == 4:
+	case r.Exit == 4 || r.Detached > 0:
 		return Stayed
 	case r.Exit > 0 || r.Refused > 0:
 		return NotDone
@@ -81,7 +81,7 @@ MSG_CTRUNC); **peer-close**, **-reset**, **-half**: two clients leave with close
 
 Outcomes: *unnoticed*: the operation succeeded, and no client noticed. *not done*: the
 operation was refused, rolled back or cut off (exit code 1), and no client noticed.
-*stayed*: some sessions stay where they are (exit code 4), served. *interrupted*: the
+*stayed*: some sessions stay where they are, served (exit code 4, or a worker whose channel has ended). *interrupted*: the
 connections live and are counted as interrupted: their owner was killed. *lost*: counted
 as lost.
 `

@@ -48,42 +48,43 @@ func (c *command) inGuests(ctx context.Context, out io.Writer) ([]faults.Section
 	if err != nil {
 		return nil, err
 	}
-	args := []string{"-guest", "-bin", "/f", "-dir", "/tmp", "-layer", "kernel", "-j", "2", "-ops", c.ops, "-only", c.only,
+	args := []string{"-guest", "-bin", "/f", "-dir", "/tmp", "-layer", "kernel", "-j", "2", "-interval", "100ms", "-ops", c.ops, "-only", c.only,
 		"-some", fmt.Sprint(c.some), "-seed", fmt.Sprint(c.seed), "-patience", (3 * c.o.Patience).String()}
 	args = append(args, c.cases...)
+	var now []*faults.Result // of the guest that runs
+	var bad error
 	say := func(format string, a ...any) {
-		if text := fmt.Sprintf(format, a...); !strings.Contains(text, resultMark) {
-			fmt.Fprintln(out, text)
+		_, text, found := strings.Cut(fmt.Sprintf(format, a...), resultMark)
+		if !found {
+			fmt.Fprintf(out, format+"\n", a...)
+			return
 		}
+		r := &faults.Result{}
+		if err := json.Unmarshal([]byte(text), r); err != nil {
+			bad = errors.Join(bad, fmt.Errorf("a result of the guest cannot be read: %w", err))
+			return
+		}
+		now = append(now, r)
+		c.print(out, r)
 	}
-	boots, err := vmtest.Run(ctx, vmtest.Options{
-		Root: ".", Kernels: strings.Fields(c.kernels), Say: say, BootLimit: c.limit,
-		Cache: &vmtest.Cache{Dir: cache, Say: say},
-		Program: &vmtest.Program{Name: "faults", Path: filepath.Join(dir, "faults"), Args: args, Limit: c.limit,
-			Files: map[string]string{"f/ktlsvisor": filepath.Join(dir, "ktlsvisor"), "f/echo": filepath.Join(dir, "echo")}},
-	})
 	var list []faults.Section
-	for _, b := range boots {
-		s := faults.Section{Layer: "kernel", Where: "on Linux " + b.Release}
-		for _, p := range b.Packages {
-			for _, line := range p.Output {
-				_, text, ok := strings.Cut(line, resultMark)
-				if !ok {
-					continue
-				}
-				r := &faults.Result{}
-				if jerr := json.Unmarshal([]byte(text), r); jerr != nil {
-					return nil, errors.Join(err, fmt.Errorf("a result of the guest cannot be read: %w", jerr))
-				}
-				s.Results = append(s.Results, r)
-				c.guest = false
-				c.print(out, r)
-			}
+	for _, kernel := range strings.Fields(c.kernels) {
+		now = nil
+		boots, err := vmtest.Run(ctx, vmtest.Options{
+			Root: ".", Kernels: []string{kernel}, Say: say, BootLimit: c.limit, Verbose: true,
+			Cache: &vmtest.Cache{Dir: cache, Say: say},
+			Program: &vmtest.Program{Name: "faults", Path: filepath.Join(dir, "faults"), Args: args, Limit: c.limit,
+				Files: map[string]string{"f/ktlsvisor": filepath.Join(dir, "ktlsvisor"), "f/echo": filepath.Join(dir, "echo")}},
+		})
+		for _, b := range boots {
+			list = append(list, faults.Section{Layer: "kernel", Where: "on Linux " + b.Release, Results: now})
 		}
-		if len(s.Results) == 0 {
-			return nil, errors.Join(err, fmt.Errorf("the guest has no result: %v", b.Problems))
+		if err := errors.Join(err, bad); err != nil {
+			return list, err
 		}
-		list = append(list, s)
+		if len(now) == 0 {
+			return list, fmt.Errorf("the guest with kernel %s has no result", kernel)
+		}
 	}
-	return list, err
+	return list, nil
 }
