@@ -96,11 +96,17 @@ func (r *run) recovered() error {
 		return nil // what they have cannot move
 	}
 	res := r.unit.Run("upgrade", "--wait", "15s")
-	if res.Code != 0 {
+	st, err = r.awaitQuiet()
+	if err != nil {
+		return err
+	}
+	if res.Code == 4 { // the end of a channel that was closed takes a while to be seen
+		r.res.Detached = detached(st)
+	}
+	if res.Code != 0 && r.res.Detached == 0 {
 		r.res.wrong("an upgrade afterwards: %s", res)
 	}
-	_, err = r.awaitQuiet()
-	return err
+	return nil
 }
 
 // detached is how many workers go on without a control channel.
