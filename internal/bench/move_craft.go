@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"time"
 
 	"github.com/fxamacker/cbor/v2"
 
@@ -75,6 +76,9 @@ func crafted(client, local, remote net.Addr, isClient, kernel bool) (facts, reco
 func craftServer(kernel bool) func(c *net.TCPConn) (*supervise.Crafted, error) {
 	return func(c *net.TCPConn) (*supervise.Crafted, error) {
 		client := c.RemoteAddr()
+		if err := greet(c, false); err != nil {
+			return nil, err
+		}
 		if kernel {
 			if err := craftKernel(c, client); err != nil {
 				return nil, err
@@ -85,6 +89,29 @@ func craftServer(kernel bool) func(c *net.TCPConn) (*supervise.Crafted, error) {
 		k.Facts, k.Record, k.Secrets, err = crafted(client, c.LocalAddr(), client, false, kernel)
 		return k, err
 	}
+}
+
+// greet is what there is of a handshake: a byte each way, so that the positions in the
+// streams are not those of a connection that was never used.
+func greet(c *net.TCPConn, first bool) error {
+	if err := c.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		return err
+	}
+	b := []byte{0}
+	if first {
+		if _, err := c.Write(b); err != nil {
+			return err
+		}
+	}
+	if _, err := c.Read(b); err != nil {
+		return err
+	}
+	if !first {
+		if _, err := c.Write(b); err != nil {
+			return err
+		}
+	}
+	return c.SetDeadline(time.Time{})
 }
 
 // craftClient makes a session of a client's socket.

@@ -202,6 +202,7 @@ func thinClients(args []string, in *bufio.Scanner, out io.Writer) error {
 				var c net.Conn
 				if c, err = d.Dial("tcp4", args[0]); err == nil {
 					socks = append(socks, c.(*net.TCPConn))
+					err = greet(c.(*net.TCPConn), true)
 				}
 			}
 		case "echo":
