@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/vmtest/guest"
 )
 
@@ -33,6 +34,24 @@ func TestKernelLayer(t *testing.T) {
 		}
 		tell(t, Report{Results: []Comparison{r}})
 	}
+	for _, m := range GuestMoves() {
+		if !full {
+			m.Sessions, m.Turns = min(m.Sessions, 200), 1
+		}
+		if full && !only.MatchString(m.ID()) {
+			continue
+		}
+		roomFor(t, m.Sessions)
+		m.Dir, m.Say = shortDir(t), t.Logf
+		r, err := MeasureMove(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tell(t, Report{Moves: []Move{r}})
+		if !full {
+			break
+		}
+	}
 	if !full || only.MatchString("idle-kernel") {
 		few, many := 10, 20
 		if full {
@@ -44,6 +63,18 @@ func TestKernelLayer(t *testing.T) {
 			t.Fatal(err)
 		}
 		tell(t, Report{Idle: []Idle{i}})
+	}
+}
+
+// roomFor lets this process and its children have so many descriptors.
+func roomFor(t *testing.T, sessions int) {
+	t.Helper()
+	want := uint64(sessions + 4096)
+	if have, err := sys.HardRlimitNofile(); err != nil || have >= want {
+		return
+	}
+	if err := sys.SetRlimitNofile(os.Getpid(), want); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -33,7 +33,8 @@ func Guests(ctx context.Context, root string, kernels []string, only, commit str
 		Root: root, Kernels: kernels, Packages: regexp.MustCompile("^internal/bench$"),
 		Env:   []string{envGuest + "=1", envGuestRun + "=" + only},
 		Cache: &vmtest.Cache{Dir: dir, Say: say}, Say: say,
-		BootLimit: 15 * time.Minute, // 10,000 handshakes without KVM
+		BootLimit: 40 * time.Minute, // 10,000 handshakes without KVM, and 100,000 sessions
+		Memory:    6 << 10,
 	})
 	for _, b := range boots {
 		part, perr := fromGuest(b)

@@ -137,6 +137,15 @@ func HostMoves() []MoveOptions {
 	return []MoveOptions{at(true, 1000, 11), at(true, 10000, 7), at(false, 10000, 5)}
 }
 
+// GuestMoves are those in a guest: time per session at ten thousand and at a hundred
+// thousand, over several workers.
+func GuestMoves() []MoveOptions {
+	at := func(sessions, turns int) MoveOptions {
+		return MoveOptions{Layer: "kernel", Sessions: sessions, Workers: 4, Rest: true, Turns: turns, Patience: 20 * time.Minute}
+	}
+	return []MoveOptions{at(10000, 3), at(100000, 2)}
+}
+
 // ID names the measurement.
 func (o MoveOptions) ID() string {
 	what := "handlers"
@@ -180,7 +189,7 @@ func (o MoveOptions) turn(u *visor.Unit, begin, end bool) (t moveTurn, err error
 		before map[int]time.Duration
 		perr   error
 	)
-	r, err := u.Admin.Upgrade(ctx, admin.UpgradeRequest{}, func(p admin.Progress) {
+	r, err := u.Admin.Upgrade(ctx, admin.UpgradeRequest{Wait: o.Patience}, func(p admin.Progress) {
 		if strings.Contains(p.Text, ", moving ") {
 			first = sys.Monotonic()
 			before, perr = cpuOf(append([]int{lasting["keeper"], lasting["supervisor"]}, o.workers(u, nil)...))

@@ -126,6 +126,9 @@ func (o options) measure(ctx context.Context) error {
 		fmt.Printf("Linux %s: ", c.Run.Kernel)
 		show(c)
 	}
+	for _, m := range guests.Moves {
+		showMove(m)
+	}
 	for _, i := range guests.Idle {
 		showIdle(i)
 	}
@@ -138,7 +141,7 @@ func (o options) measure(ctx context.Context) error {
 // names are all that -run can choose from, each once: some are for both layers.
 func names() []string {
 	names := []string{"idle-software", "idle-kernel"}
-	for _, m := range bench.HostMoves() {
+	for _, m := range slices.Concat(bench.HostMoves(), bench.GuestMoves()) {
 		names = append(names, m.ID())
 	}
 	for _, c := range slices.Concat(bench.SoftwareCases(), bench.KernelCases()) {
@@ -151,6 +154,11 @@ func names() []string {
 func (o options) wantsGuests(only *regexp.Regexp) bool {
 	for _, c := range bench.KernelCases() {
 		if only.MatchString(c.ID) {
+			return true
+		}
+	}
+	for _, m := range bench.GuestMoves() {
+		if only.MatchString(m.ID()) {
 			return true
 		}
 	}
@@ -205,9 +213,14 @@ func (o options) move(m bench.MoveOptions) (bench.Move, error) {
 	say("%s", m.ID())
 	r, err := bench.MeasureMove(m)
 	if err == nil {
-		say("%d sessions, %s layer, rest %v: %.0f a second (%.0f to %.0f); bare descriptors %.0f", r.Sessions, r.Layer, r.Rest, r.Rate, r.Low, r.High, r.RawRate)
+		showMove(r)
 	}
 	return r, err
+}
+
+func showMove(r bench.Move) {
+	say("%d sessions, %s layer, rest %v, Linux %s: %.0f a second (%.0f to %.0f); bare descriptors %.0f",
+		r.Sessions, r.Layer, r.Rest, r.Run.Kernel, r.Rate, r.Low, r.High, r.RawRate)
 }
 
 // head names the commit that is measured; a + says that files were changed since.
