@@ -66,8 +66,8 @@ func TestCanaryThatFailsGoesBack(t *testing.T) {
 		gone  int // sessions that ended over it
 	}{
 		"dies": {func(u *unit, young *fake, _ *player) { young.kill() }, "died", 0},
-		"breaks the protocol": {func(u *unit, young *fake, _ *player) {
-			young.send(nonsense)
+		"breaks the protocol": {func(_ *unit, young *fake, p *player) {
+			p.set(func() { young.send(nonsense) })
 		}, "broke the protocol", 5},
 		"says it is not well": {func(u *unit, young *fake, _ *player) {
 			u.s.call(func() { young.w.beat.sick = "no database" })

@@ -33,7 +33,7 @@ func (f *fake) play() *player {
 				return
 			}
 			m.CloseSockets()
-			if r := p.answer(m); r != nil && f.ch.Send(r) != nil {
+			if !p.answer(m) {
 				return
 			}
 		}
@@ -41,9 +41,15 @@ func (f *fake) play() *player {
 	return p
 }
 
-func (p *player) answer(m *wire.Message) *wire.Message {
+// answer answers one message; a channel has one sender at a time. False: it ended.
+func (p *player) answer(m *wire.Message) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	r := p.reply(m)
+	return r == nil || p.f.ch.Send(r) == nil
+}
+
+func (p *player) reply(m *wire.Message) *wire.Message {
 	switch m.Type {
 	case wire.TypeAdopt:
 		r := &wire.Message{Type: wire.TypeAdopted}

@@ -340,7 +340,7 @@ func TestPlan(t *testing.T) {
 		t.Errorf("%d were asked, plan %+v", asked, p)
 	}
 	// A worker that cannot be reached.
-	a.send(nonsense)
+	pa.set(func() { a.send(nonsense) })
 	u.until(func() bool { return a.w.state == workerDetached })
 	p, pp = plan(admin.UpgradeRequest{})
 	if pp.Never != 5 || pp.Movable != 0 || !strings.Contains(pp.Reasons[0].Why, "cannot be reached") || len(pp.Reasons[0].Examples) == 0 {
