@@ -109,6 +109,9 @@ a goroutine and a buffer of 4 KiB for each connection.
 		}
 		rows = append(rows, w)
 	}
+	for _, i := range r.Idle {
+		rows = append(rows, i.holders())
+	}
 	b.WriteString(table(rows))
 	for _, i := range r.Idle {
 		var parts []string
@@ -171,7 +174,7 @@ func (r Report) quote() string {
 		}
 		rows = append(rows, w)
 	}
-	return quoteBegin + table(rows) + quoteEnd
+	return quoteBegin + table(rows) + movesQuote(r.Moves) + quoteEnd
 }
 
 // Quote puts the figures into the README.

@@ -21,6 +21,7 @@ const (
 	pingPongRate = 1.1
 	handshakeCPU = 1.08
 	idleKiB      = 6
+	holdersKiB   = 1
 	noAllocs     = 0.005 // a record; below, it rounds to 0.00
 )
 
@@ -74,6 +75,16 @@ func (i Idle) row() row {
 		r.ratio = &Ratio{v, v, v}
 	}
 	return r
+}
+
+// holders is what supervisor and keeper take of it.
+func (i Idle) holders() row {
+	v := i.Ours.Parts["supervisor"] + i.Ours.Parts["keeper"]
+	what := fmt.Sprintf("of it supervisor and keeper, %s layer", i.Layer)
+	if i.Run.Guest != "" {
+		what += ", Linux " + i.Run.Kernel
+	}
+	return row{what: what, ours: fmt.Sprintf("%.1f KiB", v), target: fmt.Sprintf("≤ %d KiB", holdersKiB), met: yes(v <= holdersKiB)}
 }
 
 func amount(v float64) string {
