@@ -119,8 +119,9 @@ func TestPoisonIsQuarantinedAndThenClosed(t *testing.T) {
 	u, pass := poisonable(t)
 	f := u.marked()
 	bad, well1, well2 := u.owned(f, false), u.owned(f, false), u.owned(f, false)
-	other, ward := u.marked(), u.ward()
+	other := u.marked()
 	u.dies(f, bad)
+	ward := u.ward() // not before: without a suspect it would be stopped
 	if got := ids(other.adopts(2)); !got[well1.ID] || !got[well2.ID] {
 		t.Fatalf("the bystanders went elsewhere: %v", got)
 	}
@@ -147,8 +148,8 @@ func TestQuarantineTakesSuspectsOnly(t *testing.T) {
 	u, pass := poisonable(t)
 	f := u.marked()
 	own := u.owned(f, false)
-	ward := u.ward()
 	u.dies(f, own)
+	ward := u.ward()
 	pass(200 * time.Millisecond)
 	ward.adopts(1)
 	id := u.session(false)
@@ -164,8 +165,9 @@ func TestSuspectIsAcquitted(t *testing.T) {
 	u, pass := poisonable(t)
 	f := u.marked()
 	own := u.owned(f, false)
-	other, ward := u.marked(), u.ward()
+	other := u.marked()
 	u.dies(f, own)
+	ward := u.ward() // not before: without a suspect it would be stopped
 	pass(200 * time.Millisecond)
 	ward.adopts(1)
 	pass(59 * time.Second)
@@ -192,8 +194,9 @@ func TestSeveralSuspectsAreTriedOneByOne(t *testing.T) {
 	u, pass := poisonable(t)
 	f := u.marked()
 	bad, slow, well := u.owned(f, false), u.owned(f, false), u.owned(f, false)
-	other, ward := u.marked(), u.ward()
+	other := u.marked()
 	u.dies(f, bad, slow, well)
+	ward := u.ward() // not before: without a suspect it would be stopped
 	pass(200 * time.Millisecond)
 	ward.adopts(3)
 	u.dies(ward, slow, bad) // well was not being handled this time
@@ -311,8 +314,9 @@ func TestGroupOfASuspect(t *testing.T) {
 		u.join(f, ms[len(ms)-1], "room")
 	}
 	alone := u.owned(f, false)
-	other, ward := u.marked(), u.ward()
+	other := u.marked()
 	u.dies(f, ms[1])
+	ward := u.ward() // not before: without a suspect it would be stopped
 	if got := other.adopts(1); got[0].ID != alone.ID {
 		t.Fatalf("ADOPT %v", got)
 	}
