@@ -255,11 +255,7 @@ func (c *Conn) handleKeyUpdate(request byte) error {
 		return c.endCleanly(ErrKeyUpdateUnsupported)
 	}
 	if c.rel == nil {
-		if request == 1 {
-			if p := c.place.Load(); p != nil {
-				p.updates.Add(1)
-			}
-		}
+		c.noteUpdate(request == 1)
 		if err := c.layer.rekeyRead(); err != nil {
 			return c.fail(alertInternalError, fmt.Sprintf("next receiving key: %v", err))
 		}

@@ -80,7 +80,7 @@ const (
 	rxSeq             // its sequence number
 	rxUsed            // of the key's limit
 	rxGen             // KeyUpdates since the handshake
-	rxFlags           // flag bits, and from rxSkipShift what was delivered of that record
+	rxFlags           // flag bits, floods, what was delivered of that record, KeyUpdates of the peer that we wanted
 	rxChunk           // chunk reference: page, and bytes from there
 	rxBase            // stream offset of the chunk's first byte
 	rxOwed            // answers that the peer has asked for: KeyUpdate, no_renegotiation
@@ -104,6 +104,7 @@ const (
 	txQueue   // chunk reference: plaintext that was queued
 	txQueueAt // from, to in it
 	txPlain   // count of bytes of application data sealed
+	txAsked   // KeyUpdates of the peer that we asked for
 )
 
 // Words of the commit register.
@@ -113,12 +114,15 @@ const (
 )
 
 const (
-	flagKey1    = 1 << iota // the direction's second key place is in force
-	flagRekey               // sending: a KeyUpdate is sealed and the switch is due
-	flagEnded               // sending: close_notify or a fatal alert is sealed
-	flagNotify              // receiving: close_notify had come before
-	flagFIN                 // either: and the FIN
-	rxSkipShift = 32
+	flagKey1   = 1 << iota // the direction's second key place is in force
+	flagRekey              // sending: a KeyUpdate is sealed and the switch is due
+	flagEnded              // sending: close_notify or a fatal alert is sealed
+	flagNotify             // receiving: close_notify had come before
+	flagFIN                // either: and the FIN
+
+	rxFloodShift    = 8  // three bytes
+	rxSkipShift     = 32 // 16 bits
+	rxAnsweredShift = 48 // 16 bits
 )
 
 // JournalKey names a session in an arena: its id, and the epoch of the ownership.

@@ -13,8 +13,7 @@ import (
 var (
 	// ErrNoJournal: the owner kept none of this session.
 	ErrNoJournal = errors.New("its owner kept no journal of it")
-	// ErrConnectionGone: the connection was reset or has ended both ways before its
-	// owner's death was seen.
+	// ErrConnectionGone: its owner had closed the connection.
 	ErrConnectionGone = errors.New("the connection had ended")
 )
 
@@ -114,6 +113,9 @@ func (j *Journals) recover(key JournalKey, factsData []byte, at sys.TCPPosition)
 	if err := j.sending(m, key.ID, suite, at, rec, out); err != nil {
 		return nil, fmt.Errorf("sending: %w", err)
 	}
+	if at.Shut {
+		return nil, ErrConnectionGone
+	}
 	if err := rec.check(f); err != nil {
 		return nil, err
 	}
@@ -141,7 +143,7 @@ func (j *Journals) receiving(m []byte, id uint64, suite *suiteInfo, at sys.TCPPo
 		return err
 	}
 	read := at.Read
-	if at.Closed && read > w[rxOff] && (at.SentFIN || w[rxFlags]&flagFIN == 0) {
+	if at.Closed && read > w[rxOff] {
 		read = j.withoutFIN(&w, read)
 	}
 	d, err := loadKey(m, regRX, w[rxFlags]&flagKey1 != 0, suite, w[rxSeq])
@@ -161,7 +163,7 @@ func (j *Journals) receiving(m []byte, id uint64, suite *suiteInfo, at sys.TCPPo
 		}
 	}
 	half := half{suite: suite, dir: d, used: w[rxUsed]}
-	if skip := int(w[rxFlags] >> rxSkipShift); skip > 0 {
+	if skip := int(w[rxFlags] >> rxSkipShift & 0xffff); skip > 0 {
 		if err := reopen(&half, rec, skip); err != nil {
 			return err
 		}
@@ -186,8 +188,9 @@ func (j *Journals) receiving(m []byte, id uint64, suite *suiteInfo, at sys.TCPPo
 		rec.RXEnd = endNotify
 	}
 	rec.RX = newKeys(&half.dir, half.dir.seq, w[rxGen])
-	rec.RXUsed, rec.RXGen, rec.RXPos = half.used, w[rxGen], read
-	rec.Owed = w.owed(m, id)
+	rec.RXUsed, rec.RXGen, rec.RXPos = half.used, w[rxGen], read+1
+	rec.Empties, rec.Warnings, rec.Handshakes = uint8(w[rxFlags]>>8), uint8(w[rxFlags]>>16), uint8(w[rxFlags]>>24)
+	w.debts(m, id, rec)
 	out.Read, out.born = w[rxKeptEnd], cm[cmBorn]
 	out.Unread = len(rec.Raw) + len(rec.Plain) + len(rec.Unread)
 	return nil
@@ -243,20 +246,21 @@ func (j *Journals) withoutFIN(w *words, read uint64) uint64 {
 	return read - 1
 }
 
-// owed says what the peer has asked for and not been given.
-func (w *words) owed(m []byte, id uint64) uint32 {
+// debts fills in what each side has asked for and not been given.
+func (w *words) debts(m []byte, id uint64, rec *record) {
 	var tx words
 	if tx.load(m, id, regTX) != nil {
-		return 0 // which sending complains about
+		return // which sending complains about
 	}
-	owed := uint32(0)
 	if int32(uint32(w[rxOwed]>>32)-uint32(tx[txPaid]>>32)) > 0 {
-		owed |= owedUpdate
+		rec.Owed |= owedUpdate
 	}
 	if int32(uint32(w[rxOwed])-uint32(tx[txPaid])) > 0 {
-		owed |= owedNoReneg
+		rec.Owed |= owedNoReneg
 	}
-	return owed
+	if n := int16(uint16(tx[txAsked]) - uint16(w[rxFlags]>>rxAnsweredShift)); n > 0 {
+		rec.Asked = uint32(n)
+	}
 }
 
 func (j *Journals) sending(m []byte, id uint64, suite *suiteInfo, at sys.TCPPosition, rec *record, out *Recovered) error {
@@ -312,7 +316,7 @@ func (j *Journals) sending(m []byte, id uint64, suite *suiteInfo, at sys.TCPPosi
 	if w[txFlags]&flagRekey != 0 {
 		rec.TX.Seq = 0
 	}
-	rec.TXUsed, rec.TXGen, rec.TXPos = w[txUsed], w[txGen], written
+	rec.TXUsed, rec.TXGen, rec.TXPos = w[txUsed], w[txGen], written+1
 	out.Written = w[txPlain]
 	out.Unsent = len(rec.Sealed) + len(rec.Queued)
 	return nil

@@ -25,6 +25,9 @@ type readJournal struct {
 	old    []*buffer // free when it does
 	opened *buffer   // private memory that plain is in
 
+	floods   *floods // the Conn's, under the same lock
+	answered uint16  // KeyUpdates of the peer that we wanted
+
 	unread blob
 	kept   blob   // delivered, not consumed; empty when retain is not set
 	count  uint64 // of plaintext bytes delivered
@@ -40,6 +43,7 @@ type writeJournal struct {
 	switchDue bool   // a KeyUpdate is sealed
 	ended     uint64 // flagEnded, flagFIN
 	paid      uint64
+	asked     uint16 // KeyUpdates of the peer that we asked for
 	dirty     bool
 	old       []*buffer
 	queue     blob
@@ -66,7 +70,7 @@ func (r *softReader) publish() {
 	if !j.place.off.Load() {
 		w := words{
 			rxOff: r.pos - uint64(r.end-j.keep), rxSeq: j.seq, rxUsed: r.used, rxGen: j.gen,
-			rxFlags:    j.ended | uint64(j.skip)<<rxSkipShift,
+			rxFlags:    j.ended | uint64(j.skip)<<rxSkipShift | uint64(j.answered)<<rxAnsweredShift | j.floods.bits()<<rxFloodShift,
 			rxBase:     r.pos - uint64(r.end),
 			rxOwed:     uint64(j.place.updates.Load())<<32 | uint64(j.place.renegs.Load()),
 			rxKeptBase: j.count - uint64(j.kept.to), rxKeptEnd: j.count,
@@ -142,6 +146,7 @@ func (r *softReader) journalRoom() {
 // so that nothing is ever read twice.
 func (r *softReader) deliver(p []byte) {
 	j := &r.j
+	*j.floods = floods{} // as the Conn will
 	switch {
 	case j.retain == 0:
 	case j.kept.len()+len(p) > j.retain:
@@ -196,7 +201,7 @@ func (w *softWriter) publish() {
 	if !j.place.off.Load() {
 		v := words{
 			txOff: w.sent + uint64(w.end-w.start), txSeq: w.dir.seq, txUsed: w.used, txGen: j.gen,
-			txFlags: j.ended, txBase: w.sent - uint64(w.start), txPaid: j.paid, txPlain: w.plain,
+			txFlags: j.ended, txBase: w.sent - uint64(w.start), txPaid: j.paid, txAsked: uint64(j.asked), txPlain: w.plain,
 		}
 		if j.key1 {
 			v[txFlags] |= flagKey1
@@ -230,6 +235,9 @@ func (j *writeJournal) seals(typ recordType, p []byte) {
 	switch {
 	case typ == typeHandshake && p[0] == msgKeyUpdate:
 		j.switchDue = true
+		if p[len(p)-1] == 1 {
+			j.asked++
+		}
 		j.paid = uint64(j.place.updates.Load())<<32 | j.paid&0xffffffff
 	case typ == typeAlert && len(p) == 2 && (p[0] == levelFatal || Alert(p[1]) == alertCloseNotify):
 		j.ended |= flagEnded
@@ -278,7 +286,7 @@ func (c *Conn) Journaled() bool { return c.place.Load().Live() }
 
 // position finds out where in both streams the session is, if nobody before has.
 func (l *softLayer) position() error {
-	if l.rx.pos != 0 && l.tx.sent != 0 {
+	if l.counted {
 		return nil
 	}
 	var at sys.TCPPosition
@@ -301,7 +309,7 @@ func (l *softLayer) position() error {
 	case at.Closed:
 		return errors.New("the connection has ended")
 	}
-	l.rx.pos, l.tx.sent = at.Read, at.Written
+	l.rx.pos, l.tx.sent, l.counted = at.Read, at.Written, true
 	return nil
 }
 
@@ -361,8 +369,8 @@ func (l *softLayer) begin(c *Conn, p *Place) error {
 	}
 	w.buf, w.start, w.end = wb, 0, len(kept)
 	r.used, w.used = c.rxUsed, c.txUsed
-	r.j = readJournal{place: p, seq: r.dir.seq, gen: c.rxGen, ended: endFlags(c.rxEnd, flagNotify), unread: unread, count: c.commits.count()}
-	w.j = writeJournal{place: p, gen: c.txGen, ended: endFlags(c.txEnd, flagEnded), queue: queue}
+	r.j = readJournal{place: p, floods: &c.floods, seq: r.dir.seq, gen: c.rxGen, ended: endFlags(c.rxEnd, flagNotify), unread: unread, count: c.commits.count()}
+	w.j = writeJournal{place: p, asked: uint16(c.asked.Load()), gen: c.txGen, ended: endFlags(c.txEnd, flagEnded), queue: queue}
 	storeKey(p.m, regRX, false, &r.dir)
 	storeKey(p.m, regTX, false, &w.dir)
 	r.publish()
@@ -463,6 +471,25 @@ func (c *Conn) writeQueued(p []byte) (int, error) {
 	n, err := l.write(p)
 	l.tx.j.queued = false
 	return n, err
+}
+
+// bits are the counts in three bytes.
+func (f *floods) bits() uint64 {
+	return uint64(f.empties) | uint64(f.warnings)<<8 | uint64(f.handshakes)<<16
+}
+
+// noteUpdate tells the journal of the peer's KeyUpdate, before the next key.
+func (c *Conn) noteUpdate(request bool) {
+	l := c.softJournal()
+	if l == nil {
+		return
+	}
+	if request {
+		l.rx.j.place.updates.Add(1)
+	}
+	if c.asked.Load() > 0 {
+		l.rx.j.answered++
+	}
 }
 
 // holdMessage tells the journal whether a handshake message goes on in the next record.

@@ -131,8 +131,8 @@ type layerState struct {
 	// wirePosition. 0, 0: not known.
 	wire, wireSeq uint64
 
-	// The software layer's: positions in the TCP streams, of the first byte that was not
-	// received, and of sealed, or behind what was sent. 0: not known.
+	// The software layer's: one more than the positions in the TCP streams of the first
+	// byte that was not received, and of the first that was not sent. 0: not known.
 	rxPos, txPos uint64
 
 	// alerted says, when importing, that close_notify was sent and only the shutdown

@@ -40,9 +40,10 @@ const (
 	within  way = iota // to another Conn of this process, over a duplicate of the socket
 	twice              // two such moves, with nothing in between; in the client role
 	through            // through a second process, and back
+	killed             // software layer: its owner is no more, and left a journal
 )
 
-func (w way) String() string { return [...]string{"within", "twice", "through"}[w] }
+func (w way) String() string { return [...]string{"within", "twice", "through", "killed"}[w] }
 
 // variant is a suite and the ways to move in it.
 type variant struct {
@@ -54,9 +55,9 @@ type variant struct {
 // way in one suite of each version, and the moments take turns.
 func variants(i int) []variant {
 	all := []variant{
-		{v13, gcm, []way{within, twice, through}},
-		{tls.VersionTLS12, tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, []way{within, through}},
-		{v13, tls.TLS_CHACHA20_POLY1305_SHA256, []way{within}},
+		{v13, gcm, []way{within, twice, through, killed}},
+		{tls.VersionTLS12, tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, []way{within, through, killed}},
+		{v13, tls.TLS_CHACHA20_POLY1305_SHA256, []way{within, killed}},
 		{tls.VersionTLS12, tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, []way{twice}},
 	}
 	if !guest.InGuest() {
@@ -112,11 +113,20 @@ func runMoments(t *testing.T, by string, list []moment, session func(t *testing.
 					continue
 				}
 				for _, w := range v.ways {
+					if w == killed && by != "software" {
+						w = within
+					}
 					t.Run(suiteTestName(v.version, v.suite)+" "+w.String(), func(t *testing.T) {
 						m := &mover{way: w, second: second}
+						if w == killed {
+							m.arena = newTestArena(t)
+						}
 						m.again = func() {
 							m.scripted = session(t, v, mo.client || w == twice)
 							_ = m.conn.SetDeadline(time.Now().Add(testWait))
+							if m.arena != nil {
+								m.arena.journal(t, m.conn)
+							}
 						}
 						m.again()
 						mo.run(m)
@@ -133,6 +143,7 @@ type mover struct {
 	way    way
 	second *passage
 	again  func() // starts over with a new session
+	arena  *testArena
 	sent   []byte // taken by Write or QueueWrite, not yet seen at the peer
 }
 
@@ -156,7 +167,17 @@ func (m *mover) moveWhile(f func()) {
 	}
 	f()
 	secrets, _ := st.MarshalSecrets()
-	if m.way == through {
+	if m.way == killed {
+		facts, record := m.arena.recover(m.t, sock, st)
+		moved := duplicate(m.t, sock)
+		_ = sock.Close()
+		m.adopt(moved, facts, record, secrets)
+		m.arena.journal(m.t, m.conn)
+		var at sys.TCPPosition
+		if err := m.conn.control(func(fd int) (err error) { at, err = sys.PositionTCP(fd); return err }); err != nil || at.Closed {
+			pending = 0 // nothing goes out any more, and how far it came is not known
+		}
+	} else if m.way == through {
 		moved, facts, record := m.second.pass(m.t, sock, st)
 		m.adopt(moved, facts, record, secrets)
 	} else {

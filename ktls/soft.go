@@ -17,6 +17,8 @@ type softLayer struct {
 	rc syscall.RawConn
 	rx softReader
 	tx softWriter
+
+	counted bool // the positions in the TCP streams are known
 }
 
 // newSoftLayer takes over the keys in tx and rx, which may be at any sequence
@@ -71,7 +73,9 @@ func (l *softLayer) export(st *layerState) {
 	st.raw = append([]byte(nil), l.rx.raw()...)
 	st.plain = append([]byte(nil), l.rx.plain...)
 	st.sealed = append([]byte(nil), l.tx.kept()...)
-	st.rxPos, st.txPos = l.rx.pos, l.tx.sent
+	if l.counted {
+		st.rxPos, st.txPos = l.rx.pos+1, l.tx.sent+1
+	}
 }
 
 // restore puts back what export took, except for the keys.
@@ -88,7 +92,9 @@ func (l *softLayer) restore(st *layerState) {
 		l.tx.buf = getBuffer(n)
 		l.tx.end = copy(l.tx.buf.b, st.sealed)
 	}
-	l.rx.pos, l.tx.sent = st.rxPos, st.txPos
+	if st.rxPos > 0 && st.txPos > 0 {
+		l.rx.pos, l.tx.sent, l.counted = st.rxPos-1, st.txPos-1, true
+	}
 }
 
 func (l *softLayer) wipe() {
@@ -129,7 +135,7 @@ func socketError(err error) error {
 // plain, a part of buf before start, was opened and not read.
 type softReader struct {
 	half
-	pos        uint64 // in the TCP stream, of buf[end]; 0: nobody has counted
+	pos        uint64 // in the TCP stream, of buf[end], if softLayer.counted
 	j          readJournal
 	buf        *buffer // nil when nothing is in progress
 	start, end int
@@ -266,9 +272,7 @@ func (r *softReader) fill(rc syscall.RawConn) error {
 		return io.EOF
 	}
 	r.end += r.got
-	if r.pos != 0 {
-		r.pos += uint64(r.got)
-	}
+	r.pos += uint64(r.got)
 	return nil
 }
 

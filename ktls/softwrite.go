@@ -13,7 +13,7 @@ import (
 type softWriter struct {
 	half
 	plain      uint64 // bytes of application data sealed since Import
-	sent       uint64 // position in the TCP stream of buf[start]; 0: nobody has counted
+	sent       uint64 // position in the TCP stream of buf[start], if softLayer.counted
 	j          writeJournal
 	buf        *buffer // nil when nothing is kept
 	start, end int
@@ -85,9 +85,7 @@ func (w *softWriter) sendFD(fd uintptr) bool {
 			return errno != syscall.EAGAIN
 		}
 		w.start += n
-		if w.sent != 0 {
-			w.sent += uint64(n)
-		}
+		w.sent += uint64(n)
 	}
 	w.errno = 0
 	return true

@@ -14,6 +14,7 @@ type TCPPosition struct {
 	Written uint64 // bytes given to the socket, acknowledged or not; a FIN is not counted
 
 	SentFIN bool // our end shut down sending
+	Shut    bool // and receiving, before the peer did
 	// Closed: both directions have ended, or the connection was reset. Then Written is
 	// not known, and Read may count a FIN.
 	Closed bool
@@ -52,14 +53,33 @@ func PositionTCP(fd int) (TCPPosition, error) {
 			case tcpFinWait1, tcpFinWait2, tcpClosing, tcpLastAck, tcpTimeWait:
 				p.Written--
 				p.SentFIN = true
+				if after.State == tcpFinWait1 || after.State == tcpFinWait2 {
+					p.Shut = hungUp(fd)
+				}
 			case tcpClose:
 				p.Closed = true
+			}
+			if p.Shut { // unless the peer's FIN came in between
+				if before, err = unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO); err != nil {
+					return TCPPosition{}, fmt.Errorf("TCP_INFO: %w", err)
+				}
+				if before.State != after.State {
+					continue
+				}
 			}
 			return p, nil
 		}
 		before = after
 	}
 	return TCPPosition{}, fmt.Errorf("TCP_INFO: %w", unix.EAGAIN)
+}
+
+// hungUp reports that nothing can be received any more (POLLRDHUP). Without a FIN of the
+// peer that is our own doing.
+func hungUp(fd int) bool {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n == 1 && fds[0].Revents&unix.POLLRDHUP != 0
 }
 
 // SetOOBInline makes urgent data a part of the stream (SO_OOBINLINE). Otherwise it

@@ -1,0 +1,84 @@
+package ktls
+
+import (
+	"testing"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+)
+
+// testArena is an arena whose owner and heir are both the test.
+type testArena struct {
+	mem   []byte
+	a     *Arena
+	place *Place
+	n     uint64
+}
+
+func newTestArena(t testing.TB) *testArena {
+	t.Helper()
+	return newTestArenaOf(t, 16<<20, 64)
+}
+
+func newTestArenaOf(t testing.TB, size, slots int) *testArena {
+	t.Helper()
+	fd, err := sys.SharedMemfd("arena", int64(size))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sys.CloseAll([]int{fd})
+	ta := &testArena{}
+	if ta.mem, err = sys.MapShared(fd, size); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = sys.Unmap(ta.mem) })
+	if err := FormatArena(ta.mem, slots); err != nil {
+		t.Fatal(err)
+	}
+	if ta.a, err = OpenArena(ta.mem); err != nil {
+		t.Fatal(err)
+	}
+	return ta
+}
+
+// journal begins the journal of c, in a place of its own.
+func (ta *testArena) journal(t testing.TB, c *Conn) {
+	t.Helper()
+	ta.n++
+	p, err := ta.a.Place(JournalKey{ID: 7, Epoch: ta.n})
+	if err == nil {
+		err = c.Journal(p)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	ta.place = p
+}
+
+// recover is what the heir does after Detach, which leaves the journal as a kill at that
+// moment would have.
+func (ta *testArena) recover(t testing.TB, sock Socket, st *State) (facts, record []byte) {
+	t.Helper()
+	facts, err := st.MarshalFacts()
+	if err != nil {
+		t.Fatal(err)
+	}
+	st.Wipe()
+	j, err := OpenJournals(ta.mem)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rc, err := sock.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var r *Recovered
+	if cerr := rc.Control(func(fd uintptr) { r, err = j.Recover(ta.place.Key(), facts, int(fd)) }); cerr != nil {
+		err = cerr
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	ta.place.Free()
+	ta.place = nil
+	return facts, r.Record
+}
