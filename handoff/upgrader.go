@@ -65,7 +65,7 @@ type Upgraded struct {
 	PID    int           // of the new process; 0 when it never said
 	Moved  int           // to the new process
 	Stayed int           // still here; they may move later, until Serve returns
-	Lost   int           // the new process died, or may have, with these
+	Lost   int           // the new process died with these, or may have
 	Took   time.Duration // from the new process's start to its taking over
 }
 

@@ -68,7 +68,7 @@ type unconfirmed struct {
 }
 
 const (
-	giveWindow  = 256         // sessions on their way at a time
+	giveWindow  = 128         // sessions on their way at a time
 	retryMove   = time.Second // until a session without a safe point is asked again
 	maxRefusals = 3
 )
@@ -427,7 +427,8 @@ func (g *giving) fail(err error) {
 	g.down.sever()
 	h.down, h.giving = nil, nil
 	h.forgetHomes()
-	g.answer(upgradeReply{Upgraded: Upgraded{PID: g.pid, Moved: g.moved, Stayed: len(h.residents), Lost: g.lost, Took: time.Since(g.started)},
+	// What it had been given died with it.
+	g.answer(upgradeReply{Upgraded: Upgraded{PID: g.pid, Stayed: len(h.residents), Lost: g.moved + g.lost, Took: time.Since(g.started)},
 		err: fmt.Errorf("the new process failed, this one goes on: %w", err)})
 	if h.role != roleUpgrading {
 		return

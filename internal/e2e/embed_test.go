@@ -3,10 +3,12 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -42,8 +44,10 @@ func (s *selfUpgrader) Log() string {
 func startSelfUpgrader(t *testing.T, bin string, args ...string) *selfUpgrader {
 	t.Helper()
 	dir := tempDir(t)
-	s := &selfUpgrader{t: t, bin: filepath.Join(dir, "program"), pid: filepath.Join(dir, "pid")}
-	s.install(bin)
+	s := &selfUpgrader{t: t, bin: filepath.Join(dir, filepath.Base(bin)), pid: filepath.Join(dir, "pid")}
+	if err := os.Symlink(bin, s.bin); err != nil {
+		t.Fatal(err)
+	}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -93,11 +97,10 @@ func startSelfUpgrader(t *testing.T, bin string, args ...string) *selfUpgrader {
 	return s
 }
 
-// install puts a program where the row of processes starts from.
-func (s *selfUpgrader) install(bin string) {
+// mode says how the next process is to misbehave; "" is not at all.
+func (s *selfUpgrader) mode(m string) {
 	s.t.Helper()
-	_ = os.Remove(s.bin)
-	if err := os.Link(bin, s.bin); err != nil {
+	if err := os.WriteFile(s.bin+modeFile, []byte(m), 0o600); err != nil {
 		s.t.Fatal(err)
 	}
 }
@@ -160,11 +163,37 @@ func (s *selfUpgrader) fleet(n int, change ...func(*load.Options)) *fleet {
 	return fl
 }
 
+func (s *selfUpgrader) hangup() {
+	s.t.Helper()
+	if err := syscall.Kill(s.current(), syscall.SIGHUP); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// awaitLog waits for the nth line with text and returns it.
+func (s *selfUpgrader) awaitLog(text string, n int) string {
+	s.t.Helper()
+	var line string
+	eventually(s.t, fmt.Sprintf("line %d with %q", n, text), func() bool {
+		found := 0
+		for l := range strings.Lines(s.Log()) {
+			if strings.Contains(l, text) {
+				if found++; found == n {
+					line = l
+					return true
+				}
+			}
+		}
+		return false
+	})
+	return line
+}
+
 // Ten upgrades in a row: no client loses a byte, and no process has more descriptors
 // than the one before.
 func TestEmbeddedUpgradesInARow(t *testing.T) {
 	s := startSelfUpgrader(t, build(t, "examples/selfupgrade", "selfupgrade", true))
-	f := s.fleet(100, busy)
+	f := s.fleet(60, busy)
 	f.advance()
 	before := 0
 	for i := range 10 {
@@ -176,4 +205,122 @@ func TestEmbeddedUpgradesInARow(t *testing.T) {
 		}
 	}
 	f.intact()
+}
+
+// New programs that fail in every way leave everything as it is, and the next one that
+// does not fail gets everything.
+func TestEmbeddedFailedUpgrades(t *testing.T) {
+	s := startSelfUpgrader(t, role(t, "embed"))
+	f := s.fleet(50, busy)
+	for i, mode := range []string{"exit", "hang", "no-upgrader", "other-state", "unready"} {
+		s.mode(mode)
+		s.hangup()
+		t.Log(mode, ": ", s.awaitLog("no upgrade: this process goes on", i+1))
+	}
+	f.advance()
+	before := s.descriptors()
+	if before > 50+30 {
+		t.Errorf("%d descriptors after failed upgrades with 50 sessions", before)
+	}
+	s.mode("")
+	s.upgrade()
+	f.intact()
+}
+
+// A new process that is killed in the middle takes along what it had been given, and
+// nothing else.
+func TestEmbeddedNewProcessKilled(t *testing.T) {
+	s := startSelfUpgrader(t, role(t, "embed"))
+	const n = 100
+	f := s.fleet(n, busy)
+	f.advance()
+	s.mode("die 30")
+	s.hangup()
+	line := s.awaitLog("no upgrade: this process goes on", 1)
+	t.Log(line)
+	eventually(t, "the clients of the dead process to notice", func() bool { return f.Snapshot().Lost > 0 })
+	s.mode("")
+	s.upgrade()
+	f.advance()
+	r := f.stop()
+	if r.WrongBytes != 0 || r.Unclean != 0 {
+		t.Errorf("%d wrong bytes, %d unclean ends", r.WrongBytes, r.Unclean)
+	}
+	m := regexp.MustCompile(`in charge: sessions=(\d+)`).FindAllStringSubmatch(s.Log(), -1)
+	got, err := strconv.Atoi(m[len(m)-1][1])
+	if err != nil || got != r.Alive {
+		t.Errorf("%d clients live, the last process took over with %d sessions (%v)", r.Alive, got, err)
+	}
+	if want := fmt.Sprintf("lost=%d ", r.Lost); !strings.Contains(line, want) {
+		t.Errorf("%d clients lost their session, the old process says: %s", r.Lost, line)
+	}
+	if r.Lost == 0 || r.Lost == n {
+		t.Errorf("%d of %d sessions were lost with a process that died in the middle", r.Lost, n)
+	}
+}
+
+// An old process that is killed in the middle: the new one takes over with what it has.
+func TestEmbeddedOldProcessKilled(t *testing.T) {
+	s := startSelfUpgrader(t, role(t, "embed"), "-die-moving", "400")
+	const n = 500 // of which a part is on its way at a time
+	f := s.fleet(n, busy)
+	f.advance()
+	old := s.current()
+	s.hangup()
+	s.awaitPID(old)
+	f.advance()
+	more := s.fleet(5)
+	r := f.stop()
+	if r.WrongBytes != 0 || r.Lost == n {
+		t.Errorf("%d wrong bytes, %d of %d sessions lost", r.WrongBytes, r.Lost, n)
+	}
+	t.Logf("%d of %d sessions went on", r.Alive, n)
+	more.intact()
+	s.upgrade()
+}
+
+// OpenSSL's client, with KeyUpdates of its own, over upgrades.
+func TestEmbeddedOpenSSL(t *testing.T) {
+	if _, err := exec.LookPath("openssl"); err != nil {
+		t.Skip("no openssl")
+	}
+	s := startSelfUpgrader(t, role(t, "embed"))
+	cmd := exec.Command("openssl", "s_client", "-connect", s.Addr, "-tls1_3", "-ign_eof")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out syncBuffer
+	cmd.Stdout = &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	for i := range 4 {
+		text := fmt.Sprintf("line number %d", i)
+		if _, err := fmt.Fprintln(in, text); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, text, func() bool { return strings.Contains(out.String(), text) })
+		if i < 3 {
+			s.upgrade()
+		}
+	}
+}
+
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
 }
