@@ -136,7 +136,10 @@ func (s *selfUpgrader) upgrade() {
 
 func (s *selfUpgrader) awaitEnd(pid int) {
 	s.t.Helper()
-	eventually(s.t, "the old process to end", func() bool { return syscall.Kill(pid, 0) != nil })
+	eventually(s.t, "the old process to end", func() bool { // whoever inherits it may not wait for it
+		b, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
+		return err != nil || strings.Contains(string(b), ") Z ")
+	})
 }
 
 func (s *selfUpgrader) descriptors() int {
