@@ -10,7 +10,7 @@ import (
 
 // A short form of `make soak`: anything at any moment, drawn anew each time.
 func TestHostSoak(t *testing.T) {
-	r, log, err := soak.Run(t.Context(), soak.Options{Program: ktlsvisor(t), Worker: echo(t), Dir: tempDir(t), Duration: 12 * time.Second})
+	r, log, err := soak.Run(t.Context(), soak.Options{Program: ktlsvisor(t), Worker: echo(t), Dir: tempDir(t), KillWorkers: true, Duration: 12 * time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -190,7 +190,7 @@ func (r *run) mayLose() bool {
 		return true
 	}
 	// In the software layer a worker without a journal takes its sessions along.
-	return r.Layer == "software" && r.c.killsWorker() && r.c.shortage() && strings.Contains(r.unit.Log(), "keeps no journals")
+	return r.Layer == "software" && r.c.killsWorker() && r.c.shortage() && r.unit != nil && strings.Contains(r.unit.Log(), "keeps no journals")
 }
 
 // end stops the unit as its operator would.

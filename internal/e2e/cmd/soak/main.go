@@ -29,7 +29,7 @@ func main() {
 	flag.Uint64Var(&o.Seed, "seed", 0, "of what happens when; 0 draws one")
 	flag.StringVar(&o.Layer, "offload", "auto", "record layer")
 	flag.StringVar(&o.Only, "only", "", "one `action` only, such as upgrade")
-	flag.BoolVar(&o.KillWorkers, "kill-workers", false, "kill workers, too, in a layer whose sessions outlive them")
+	flag.BoolVar(&o.KillWorkers, "kill-workers", true, "kill workers, too: their sessions outlive them, unless crash_exact is off in the software layer")
 	verbose := flag.Bool("v", false, "print the unit's log")
 	flag.Parse()
 	if flag.NArg() > 0 {
