@@ -1,0 +1,120 @@
+package ledger
+
+// Cut says that a worker can no longer be told anything: its channel is closed, or
+// will be. It may be alive; then it goes on with what it owns and forgets what it had
+// parked or adopted. What it had sent before may still be read: Silent comes after it.
+func (m *Machine) Cut(w *Worker) {
+	if w.cut || w.dead {
+		return
+	}
+	w.cut = true
+	for gm := range m.moves {
+		if gm.To == w {
+			m.UndoGroup(gm)
+		}
+	}
+	for t := range m.tries {
+		switch {
+		case t.Move != nil:
+		case t.To == w:
+			m.undo(t, nil, false)
+		case t.From == w && t.Step != Freezing:
+			t.From = nil
+			m.unowned(t.Session)
+		}
+	}
+}
+
+// Silent says that nothing more will be read of a worker that was cut.
+func (m *Machine) Silent(w *Worker) {
+	if w.dead || w.silent {
+		return
+	}
+	m.Cut(w)
+	w.silent = true
+	if w.Awaited {
+		m.emit(Effect{Kind: Kill, Worker: w})
+	}
+	for gm := range m.moves {
+		switch {
+		case gm.From != w:
+		case gm.Offered:
+			m.goOnWithout(gm)
+		default:
+			m.UndoGroup(gm)
+		}
+	}
+	for t := range m.tries {
+		if t.Move == nil && t.From == w && t.Step == Freezing {
+			m.undo(t, nil, false)
+		}
+	}
+	// Members that it parked are held now; they need not wait for it to end.
+	for _, g := range m.groups {
+		if g.Home == w && g.hasHeld() {
+			g.Home = nil
+		}
+	}
+}
+
+func (g *Group) hasHeld() bool {
+	for _, s := range g.Members {
+		if s.Owner == nil {
+			return true
+		}
+	}
+	return false
+}
+
+// goOnWithout continues the move of a group whose owner has parked all of it and
+// can no longer take it back.
+func (m *Machine) goOnWithout(gm *GroupMove) {
+	gm.From = nil
+	gm.Group.Home = nil
+	m.keepBlob(gm.Group, gm.Blob)
+	for _, s := range gm.Members {
+		s.Try.From = nil
+		m.unowned(s)
+	}
+}
+
+// Dead says that a worker has been seen dead and that everything it had sent was
+// handled. Only now may its sessions get another owner (I1).
+func (m *Machine) Dead(w *Worker) {
+	if w.dead {
+		return
+	}
+	m.Silent(w)
+	w.dead = true
+	delete(m.workers, w.ID)
+	for _, g := range m.groups {
+		if g.Home == w {
+			g.Home = nil
+		}
+	}
+	for _, s := range w.Sessions {
+		m.give(s, nil)
+		s.Doubt = true
+		m.emit(Effect{Kind: Settle, Session: s})
+	}
+}
+
+// SettledHeld says that a session in doubt can go on: the driver has its record
+// state.
+func (m *Machine) SettledHeld(s *Session) {
+	if s.Ended || !s.Doubt {
+		return
+	}
+	s.Doubt = false
+	m.emit(Effect{Kind: Keep, Session: s})
+	m.emit(Effect{Kind: Put, Session: s})
+	if s.Group != nil && s.Group.Move != nil {
+		m.progress(s.Group.Move)
+	}
+}
+
+// SettledGone says that the connection of a session in doubt has ended.
+func (m *Machine) SettledGone(s *Session) { m.end(s, Effect{How: Gone}) }
+
+// SettledLost says that a session in doubt cannot go on.
+func (m *Machine) SettledLost(s *Session, why string) { m.end(s, Effect{How: Lost, Why: why}) }

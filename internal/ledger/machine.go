@@ -1,0 +1,362 @@
+package ledger
+
+import "github.com/ktlsvisor/ktlsvisor/internal/wire"
+
+// Verdict is what an answer of a worker was.
+type Verdict uint8
+
+// Fine changed something. Late is of an attempt that is no longer in force: nothing
+// changed, and whoever sent it will be told or was told already. Wrong breaks the
+// protocol: the worker speaks about a session that it does not own.
+const (
+	Fine Verdict = iota
+	Late
+	Wrong
+)
+
+// Machine is the ledger. It is not safe for concurrent use: one goroutine owns it.
+type Machine struct {
+	sessions    map[uint64]*Session
+	workers     map[uint64]*Worker
+	groups      map[GroupKey]*Group
+	tries       map[*Try]struct{}
+	moves       map[*GroupMove]struct{}
+	incarnation uint32
+	epochs      uint32
+	out         []Effect
+	head        int
+}
+
+// New makes an empty machine. incarnation is a number that no earlier machine over
+// the same sessions had, higher than theirs.
+func New(incarnation uint32) *Machine {
+	return &Machine{incarnation: incarnation, sessions: map[uint64]*Session{}, workers: map[uint64]*Worker{},
+		groups: map[GroupKey]*Group{}, tries: map[*Try]struct{}{}, moves: map[*GroupMove]struct{}{}}
+}
+
+// Session returns a session, nil when there is none with this id.
+func (m *Machine) Session(id uint64) *Session { return m.sessions[id] }
+
+// Sessions, Workers, Groups, Tries and Moves are for reading.
+func (m *Machine) Sessions() map[uint64]*Session { return m.sessions }
+
+// Workers returns all workers that are not dead.
+func (m *Machine) Workers() map[uint64]*Worker { return m.workers }
+
+// Groups returns the groups that have members.
+func (m *Machine) Groups() map[GroupKey]*Group { return m.groups }
+
+// Tries returns the attempts under way.
+func (m *Machine) Tries() map[*Try]struct{} { return m.tries }
+
+// Moves returns the moves of groups under way.
+func (m *Machine) Moves() map[*GroupMove]struct{} { return m.moves }
+
+// Idle says whether no attempt is under way.
+func (m *Machine) Idle() bool { return len(m.tries) == 0 && len(m.moves) == 0 }
+
+func (m *Machine) nextEpoch() wire.Epoch {
+	m.epochs++
+	return wire.NewEpoch(m.incarnation, m.epochs)
+}
+
+// AddWorker enters a process.
+func (m *Machine) AddWorker(w *Worker) {
+	if w.Sessions == nil {
+		w.Sessions = map[uint64]*Session{}
+	}
+	m.workers[w.ID] = w
+}
+
+// Admit enters a new session, which nobody owns, with the record state of its
+// handshake.
+func (m *Machine) Admit(s *Session) {
+	s.Epoch = m.nextEpoch()
+	m.sessions[s.ID] = s
+	m.emit(Effect{Kind: Put, Session: s})
+}
+
+// Restore enters a session as an earlier machine left it: owner is who the last Put
+// named, nil if nobody or if it is dead.
+func (m *Machine) Restore(s *Session, owner *Worker, group *GroupKey) {
+	m.sessions[s.ID] = s
+	if owner != nil {
+		m.give(s, owner)
+	}
+	if group != nil {
+		m.enter(s, *group)
+	}
+}
+
+// Orphan says that the recorded owner of a restored session is dead.
+func (m *Machine) Orphan(s *Session) {
+	s.Doubt = true
+	m.emit(Effect{Kind: Settle, Session: s})
+}
+
+func (m *Machine) give(s *Session, w *Worker) {
+	if s.Owner != nil {
+		delete(s.Owner.Sessions, s.ID)
+	}
+	s.Owner = w
+	if w != nil {
+		w.Sessions[s.ID] = s
+	}
+}
+
+func (m *Machine) begin(t *Try) *Try {
+	t.Epoch = m.nextEpoch()
+	t.Session.Try = t
+	m.tries[t] = struct{}{}
+	return t
+}
+
+// drop forgets an attempt; nobody is told.
+func (m *Machine) drop(t *Try) {
+	if t.Session.Try != t {
+		return
+	}
+	t.Session.Try = nil
+	delete(m.tries, t)
+	if t.To != nil {
+		t.To.Incoming--
+	}
+	if gm := t.Move; gm != nil {
+		t.Move = nil
+		delete(gm.Members, t.Session.ID)
+		m.progress(gm)
+	}
+}
+
+func (m *Machine) send(k Kind, w *Worker, s *Session, e wire.Epoch, g *Group, last bool) {
+	m.emit(Effect{Kind: k, Worker: w, Session: s, Ref: wire.Ref{ID: s.ID, Epoch: e}, Group: g, Last: last})
+}
+
+func (t *Try) group() *Group {
+	if t.Move == nil {
+		return nil
+	}
+	return t.Move.Group
+}
+
+// Freeze begins to move a session away from its owner. joins, unless nil, is the
+// group that it moves for. It returns nil if the session cannot be moved now.
+func (m *Machine) Freeze(s *Session, joins *GroupKey) *Try {
+	if s.Ended || s.Doubt || s.Try != nil || s.Owner == nil || !s.Owner.Usable() {
+		return nil
+	}
+	t := m.begin(&Try{Session: s, From: s.Owner, Joins: joins, Step: Freezing})
+	m.send(SendFreeze, s.Owner, s, t.Epoch, nil, false)
+	return t
+}
+
+// Parked handles the PARKED of one session without its group. After Fine, call Offer
+// or Undo.
+func (m *Machine) Parked(w *Worker, ref wire.Ref) Verdict {
+	s := m.sessions[ref.ID]
+	if s == nil || s.Owner != w {
+		return Wrong
+	}
+	t := s.Try
+	if t == nil || t.Epoch != ref.Epoch || t.Step != Freezing || t.Move != nil {
+		return Late
+	}
+	t.Step = Parked
+	m.parkedLast(t)
+	return Fine
+}
+
+// parkedLast is for what a worker that was cut had parked before: it has forgotten it
+// by now.
+func (m *Machine) parkedLast(t *Try) {
+	if t.From.cut {
+		t.From = nil
+		m.unowned(t.Session)
+	}
+}
+
+// Offer gives a session that is held, or parked by its owner, to a worker. It returns
+// nil if that cannot be.
+func (m *Machine) Offer(s *Session, to *Worker) *Try {
+	t := s.Try
+	switch {
+	case s.Ended || s.Doubt || to == s.Owner || !to.Usable():
+		return nil
+	case t == nil && s.Owner == nil:
+		t = m.begin(&Try{Session: s})
+	case t != nil && t.Step == Parked && t.Move == nil:
+	default:
+		return nil
+	}
+	m.offer(t, to)
+	return t
+}
+
+func (m *Machine) offer(t *Try, to *Worker) {
+	t.To, t.Step = to, Offered
+	to.Incoming++
+	m.send(SendAdopt, to, t.Session, t.Epoch, t.group(), false)
+	m.out[len(m.out)-1].Try = t
+}
+
+// Adopted handles one session's ADOPTED. With it, or with the last one of its group,
+// the move is committed.
+func (m *Machine) Adopted(w *Worker, ref wire.Ref) Verdict {
+	s := m.sessions[ref.ID]
+	if s == nil || s.Try == nil || s.Try.Epoch != ref.Epoch || s.Try.To != w || s.Try.Step != Offered {
+		return Late
+	}
+	t := s.Try
+	switch {
+	case t.Move != nil:
+		t.Adopted = true
+		m.progress(t.Move)
+	case !m.Joinable(t, w):
+		m.Undo(s)
+	default:
+		m.commit(t)
+		m.tell(t, nil, false)
+	}
+	return Fine
+}
+
+// Joinable says whether an attempt that brings a session to its group still goes the
+// right way.
+func (m *Machine) Joinable(t *Try, to *Worker) bool {
+	if t.Joins == nil {
+		return true
+	}
+	g := m.groups[*t.Joins]
+	return g == nil || g.Home == to && g.Move == nil
+}
+
+// commit records the new owner. Only after it may RESUME be sent.
+func (m *Machine) commit(t *Try) {
+	s := t.Session
+	m.give(s, t.To)
+	s.Epoch = t.Epoch
+	if t.Joins != nil {
+		m.leave(s)
+		m.enter(s, *t.Joins)
+	}
+	if g := s.Group; g != nil && g.Home == nil {
+		g.Home = t.To
+	}
+	t.Move = nil
+	m.drop(t)
+	m.emit(Effect{Kind: Put, Session: s})
+	m.emit(Effect{Kind: Void, Session: s})
+	m.emit(Effect{Kind: Moved, Session: s, Worker: t.To, From: t.From, Try: t})
+}
+
+// tell sends what follows a commit.
+func (m *Machine) tell(t *Try, g *Group, last bool) {
+	m.send(SendResume, t.To, t.Session, t.Epoch, g, last)
+	if t.From != nil && t.From.Reachable() {
+		m.send(SendRelease, t.From, t.Session, t.Epoch, nil, false)
+	}
+}
+
+// Refused handles a refusal by the worker that a session, or its group, was offered
+// to.
+func (m *Machine) Refused(w *Worker, ref wire.Ref) Verdict {
+	s := m.sessions[ref.ID]
+	if s == nil || s.Try == nil || s.Try.Epoch != ref.Epoch || s.Try.To != w {
+		return Late
+	}
+	m.Undo(s)
+	return Fine
+}
+
+// Undo gives up the attempt under way for a session, and with it that of its group:
+// the owner goes on. If the owner cannot any more, the session is held.
+func (m *Machine) Undo(s *Session) {
+	if s.Try == nil {
+		return
+	}
+	if gm := s.Try.Move; gm != nil {
+		m.UndoGroup(gm)
+		return
+	}
+	m.undo(s.Try, nil, false)
+}
+
+func (m *Machine) undo(t *Try, g *Group, last bool) {
+	s := t.Session
+	if t.Step == Offered && t.To.Reachable() {
+		m.send(SendAbort, t.To, s, t.Epoch, nil, false)
+	}
+	step := t.Step
+	if step == Freezing && t.From.cut && !t.From.silent {
+		return // it may have parked the session: Silent decides
+	}
+	m.drop(t)
+	switch {
+	case t.From == nil:
+	case t.From.Reachable():
+		m.send(SendThaw, t.From, s, t.Epoch, g, last)
+		return
+	case step == Freezing: // it goes on by itself; or it is dead, and Dead sees to it
+		return
+	default: // it forgets what it had parked
+		m.unowned(s)
+	}
+	m.emit(Effect{Kind: Returned, Session: s, Try: t})
+}
+
+// unowned takes a parked session from an owner that cannot get it back.
+func (m *Machine) unowned(s *Session) {
+	if s.Owner == nil {
+		return
+	}
+	m.give(s, nil)
+	m.emit(Effect{Kind: Keep, Session: s})
+	m.emit(Effect{Kind: Put, Session: s})
+}
+
+// Closed handles the end of a session, told by its owner.
+func (m *Machine) Closed(w *Worker, ref wire.Ref, why wire.Reason) Verdict {
+	s := m.sessions[ref.ID]
+	switch {
+	case s == nil:
+		return Late // told again
+	case s.Owner != w || s.Epoch != ref.Epoch:
+		return Wrong
+	}
+	m.end(s, Effect{How: Closed, Reason: why})
+	return Fine
+}
+
+// Gone handles the end of a session of which its owner has forgotten why.
+func (m *Machine) Gone(s *Session) { m.end(s, Effect{How: Gone}) }
+
+// Lose ends a session that nobody can serve.
+func (m *Machine) Lose(s *Session, why string) { m.end(s, Effect{How: Lost, Why: why}) }
+
+// Stop ends a session because the unit stops.
+func (m *Machine) Stop(s *Session) { m.end(s, Effect{How: Stopped}) }
+
+func (m *Machine) end(s *Session, e Effect) {
+	if s.Ended {
+		return
+	}
+	s.Ended, s.Doubt = true, false
+	if t := s.Try; t != nil {
+		if t.Step == Offered && t.To.Reachable() {
+			m.send(SendAbort, t.To, s, t.Epoch, nil, false)
+		}
+		m.drop(t)
+	}
+	owner := s.Owner
+	if owner != nil && owner.Awaited {
+		if owner.ended == nil {
+			owner.ended = map[uint64]bool{}
+		}
+		owner.ended[s.ID] = true
+	}
+	m.give(s, nil)
+	m.leave(s)
+	delete(m.sessions, s.ID)
+	e.Kind, e.Session, e.From = End, s, owner
+	m.emit(e)
+}

@@ -1,0 +1,438 @@
+package ledger
+
+import (
+	"fmt"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+)
+
+// row is what outlives the supervisor of one session.
+type row struct {
+	owner uint64
+	epoch wire.Epoch
+	group *GroupKey
+	kept  int // record state; -1: void
+}
+
+type client struct {
+	open  bool
+	state int // of the record layer: rises whenever somebody begins to serve
+	ended int // how often its end was counted
+}
+
+// world is a supervisor with its memory, workers and clients. Everything that happens
+// is one random step.
+type world struct {
+	t       *rapid.T
+	m       *Machine
+	inc     uint32
+	nextID  uint64
+	nextW   uint64
+	rows    map[uint64]*row
+	clients map[uint64]*client
+	players map[uint64]*player
+	nodes   map[uint64]*Worker
+	cargo   map[uint64]int // record states in the supervisor's memory
+	settle  []*Session
+	ready   []*GroupMove
+	// While a new supervisor waits for inventories.
+	recovering bool
+	said       map[*Worker][]wire.Held
+	crashIn    int // effects until the supervisor dies; -1: it does not
+	crashed    bool
+	highest    map[uint64]wire.Epoch
+	frozen     map[uint64]wire.Epoch
+	log        []string
+	quiet      bool // no more failures
+}
+
+func (w *world) fail(format string, args ...any) {
+	for i, l := range w.log {
+		if i < storyEnds || i >= len(w.log)-storyEnds {
+			w.t.Log(l)
+		}
+	}
+	w.t.Fatalf(format, args...)
+}
+
+func (w *world) note(format string, args ...any) { w.log = append(w.log, fmt.Sprintf(format, args...)) }
+
+func (w *world) chance(n int) bool {
+	return !w.quiet && rapid.IntRange(0, n-1).Draw(w.t, "chance") == n-1
+}
+
+func (w *world) oneOwner(id uint64) {
+	n := 0
+	for _, p := range w.players {
+		if p.serving(id) {
+			n++
+		}
+	}
+	if n > 1 {
+		w.fail("session %d is served by %d workers", id, n)
+	}
+}
+
+// check is what must hold after every step.
+func (w *world) check() {
+	for id, c := range w.clients {
+		w.oneOwner(id)
+		r := w.rows[id]
+		switch {
+		case c.ended > 1:
+			w.fail("the end of session %d was counted %d times", id, c.ended)
+		case c.ended == 1 && r != nil:
+			w.fail("session %d ended and is still in the ledger", id)
+		case c.ended == 0 && r == nil:
+			w.fail("session %d is forgotten", id)
+		}
+		for pid, p := range w.players {
+			if p.serving(id) && (r == nil || r.owner != pid) {
+				w.fail("worker %d serves session %d; in the ledger: %+v", pid, id, r)
+			}
+		}
+		if !w.crashed && c.ended == 0 && w.m.Session(id) == nil {
+			w.fail("the supervisor has forgotten session %d", id)
+		}
+	}
+}
+
+func (w *world) newWorker() {
+	w.nextW++
+	w.players[w.nextW] = &player{id: w.nextW, alive: true, have: map[uint64]*copyOf{}, batches: map[string]*batch{},
+		tombs: map[uint64]wire.Held{}, world: w}
+	w.nodes[w.nextW] = &Worker{ID: w.nextW}
+	w.m.AddWorker(w.nodes[w.nextW])
+	w.note("worker %d", w.nextW)
+}
+
+func (w *world) admit() {
+	w.nextID++
+	id := w.nextID
+	w.clients[id], w.rows[id] = &client{open: true}, &row{}
+	w.cargo[id] = 0
+	w.m.Admit(&Session{ID: id})
+	w.note("session %d", id)
+	w.run()
+}
+
+// run carries out effects.
+func (w *world) run() {
+	for !w.crashed {
+		if w.crashIn == 0 {
+			w.crash()
+			return
+		}
+		e, ok := w.m.Next()
+		if !ok {
+			return
+		}
+		if w.crashIn > 0 {
+			w.crashIn--
+		}
+		w.do(e)
+	}
+}
+
+func (w *world) do(e Effect) {
+	var id uint64
+	if e.Session != nil {
+		id = e.Session.ID
+	}
+	w.note("  effect %s %d %v last=%v", e.Kind, id, e.Ref, e.Last)
+	switch e.Kind {
+	case Put:
+		r := w.rows[id]
+		if e.Session.Ended { // its End follows
+			return
+		}
+		if e.Session.Epoch < r.epoch && e.From == nil {
+			w.fail("the epoch of session %d falls from %x to %x", id, r.epoch, e.Session.Epoch)
+		}
+		r.owner, r.epoch, r.group = 0, e.Session.Epoch, nil
+		if o := e.Session.Owner; o != nil {
+			r.owner = o.ID
+		}
+		if g := e.Session.Group; g != nil {
+			r.group = &g.Key
+		}
+		if r.owner == 0 && r.kept < 0 {
+			w.fail("session %d has no owner, and its record state is nowhere", id)
+		}
+	case Keep:
+		if !e.Session.Ended {
+			w.rows[id].kept = w.cargo[id]
+		}
+	case Void:
+		if !e.Session.Ended {
+			w.rows[id].kept = -1
+			delete(w.cargo, id)
+		}
+	case SendFreeze, SendAdopt, SendResume, SendRelease, SendThaw, SendAbort, SendClosedAck, SendClose:
+		p := w.players[e.Worker.ID]
+		if e.Kind == SendAdopt || e.Kind == SendFreeze {
+			// FREEZE begins an attempt, and so does ADOPT; after FREEZE it has the same epoch.
+			low := w.highest[id]
+			if e.Kind == SendAdopt && w.frozen[id] == e.Ref.Epoch {
+				low--
+			}
+			if e.Ref.Epoch <= low {
+				w.fail("attempt %x for session %d comes after %x", e.Ref.Epoch, id, w.highest[id])
+			}
+			w.highest[id], w.frozen[id] = e.Ref.Epoch, 0
+			if e.Kind == SendFreeze {
+				w.frozen[id] = e.Ref.Epoch
+			}
+		}
+		k := packet{kind: e.Kind, ref: e.Ref, last: e.Last}
+		if e.Group != nil {
+			k.group = e.Group.Key.Name
+		}
+		if e.Kind == SendAdopt {
+			st, ok := w.cargo[id]
+			if !ok {
+				w.fail("session %d is offered without its record state", id)
+			}
+			k.state = st
+		}
+		if !p.eof {
+			p.pending = append(p.pending, k)
+		}
+	case Kill:
+		w.players[e.Worker.ID].alive = false
+	case Settle:
+		w.settle = append(w.settle, e.Session)
+	case GroupReady:
+		w.ready = append(w.ready, e.Move)
+	case End:
+		w.clients[id].ended++
+		delete(w.rows, id)
+		delete(w.cargo, id)
+	case Moved, Returned, KeepGroup, GroupDone:
+	}
+}
+
+// crash ends the supervisor between two effects; a new one takes over.
+func (w *world) crash() {
+	w.note("the supervisor dies")
+	w.crashIn, w.inc = -1, w.inc+1
+	w.settle, w.ready, w.said = nil, nil, map[*Worker][]wire.Held{}
+	clear(w.cargo)
+	for _, p := range w.players {
+		p.pending = nil
+	}
+	w.m = New(w.inc)
+	w.recovering = true
+	old := w.nodes
+	w.nodes = map[uint64]*Worker{}
+	for _, pid := range sortedKeys(w.players) {
+		p := w.players[pid]
+		n := &Worker{ID: pid, Awaited: true}
+		w.nodes[pid] = n
+		w.m.AddWorker(n)
+		if o := old[pid]; o.cut {
+			if !o.silent { // nobody knows what it had parked
+				p.alive = false
+			}
+			p.out = nil
+			w.m.Cut(n)
+			w.m.Silent(n)
+			continue
+		}
+		p.pending = append(p.pending, packet{typ: wire.TypeInventory, nonce: w.inc})
+	}
+	for _, id := range sortedKeys(w.rows) {
+		r := w.rows[id]
+		s := &Session{ID: id, Epoch: r.epoch}
+		owner := w.nodes[r.owner]
+		w.m.Restore(s, owner, r.group)
+		switch {
+		case owner == nil && r.owner != 0:
+			w.m.Orphan(s)
+		case r.owner == 0:
+			w.cargo[id] = r.kept
+		}
+	}
+	w.run()
+}
+
+// recovered ends the wait for inventories.
+func (w *world) recovered() {
+	if !w.recovering {
+		return
+	}
+	w.note("recovered, %d workers said what they have", len(w.said))
+	w.recovering = false
+	said := w.said
+	w.said = nil
+	w.m.Reconcile(said)
+	w.run()
+}
+
+// fromWorker handles one message of a worker.
+func (w *world) fromWorker(p *player) {
+	k := p.out[0]
+	p.out = p.out[1:]
+	n := w.nodes[p.id]
+	w.note("worker %d says %s", p.id, k)
+	verdict := Fine
+	switch k.typ {
+	case wire.TypeParked:
+		if k.group == "" {
+			if verdict = w.m.Parked(n, k.ref); verdict == Fine {
+				w.cargo[k.ref.ID] = k.state
+				if s := w.m.Session(k.ref.ID); s.Owner == nil {
+					// A worker that was cut had parked it: to be kept at once.
+					w.run()
+				}
+				w.offer(w.m.Session(k.ref.ID))
+			}
+			break
+		}
+		before := map[uint64]bool{}
+		for _, r := range k.refs {
+			s := w.m.Session(r.ID)
+			before[r.ID] = s != nil && s.Try != nil && s.Try.Step == Freezing && s.Try.Epoch == r.Epoch
+		}
+		for i, r := range k.refs { // the driver's cargo, taken if the machine takes the message
+			if before[r.ID] {
+				w.cargo[r.ID] = k.parts[i]
+			}
+		}
+		verdict = w.m.GroupParked(n, GroupKey{Name: k.group}, k.refs, nil, k.last)
+	case wire.TypeAdopted:
+		verdict = w.m.Adopted(n, k.ref)
+	case wire.TypeRefused:
+		verdict = w.m.Refused(n, k.ref)
+	case wire.TypeClosed:
+		if verdict = w.m.Closed(n, k.ref, wire.ReasonPeer); verdict != Wrong && n.Reachable() {
+			p.pending = append(p.pending, packet{kind: SendClosedAck, ref: k.ref})
+		}
+	case wire.TypeInventoryReply:
+		switch {
+		case !n.Awaited || k.nonce != w.inc: // for an earlier supervisor
+		case w.recovering:
+			w.said[n] = append([]wire.Held{}, k.held...)
+		default:
+			w.m.Reconcile(map[*Worker][]wire.Held{n: k.held})
+		}
+	}
+	if verdict == Wrong && n.Reachable() {
+		w.fail("worker %d is told that it broke the protocol: %s", p.id, k)
+	}
+	w.run()
+}
+
+// toWorker lets a worker handle one message.
+func (w *world) toWorker(p *player) {
+	k := p.in[0]
+	p.in = p.in[1:]
+	w.note("worker %d gets %s", p.id, k)
+	switch {
+	case k.typ == wire.TypeInventory:
+		p.inventory(k.nonce)
+	default:
+		p.handle(k)
+	}
+}
+
+// offer finds a session that nobody serves a worker.
+func (w *world) offer(s *Session) {
+	if s == nil || s.Ended || w.recovering {
+		return
+	}
+	var list []*Worker
+	for _, id := range sortedKeys(w.nodes) {
+		if n := w.nodes[id]; n.Usable() && n != s.Owner && w.players[id].alive {
+			list = append(list, n)
+		}
+	}
+	if g := s.Group; g != nil && g.Home != nil {
+		list = nil
+		if g.Home.Usable() {
+			list = []*Worker{g.Home}
+		}
+	}
+	if len(list) == 0 {
+		w.m.Undo(s)
+	} else {
+		w.m.Offer(s, rapid.SampledFrom(list).Draw(w.t, "to"))
+	}
+	w.run()
+}
+
+func (w *world) offerReady() {
+	list := w.ready
+	w.ready = nil
+	for _, gm := range list {
+		var to []*Worker
+		for _, id := range sortedKeys(w.nodes) {
+			if n := w.nodes[id]; n.Usable() && n != gm.From {
+				to = append(to, n)
+			}
+		}
+		if !w.m.Ready(gm) {
+			continue
+		}
+		if len(to) == 0 || !w.m.OfferGroup(gm, rapid.SampledFrom(to).Draw(w.t, "group to")) {
+			w.m.UndoGroup(gm)
+		}
+		w.run()
+	}
+}
+
+func (w *world) settleOne() {
+	s := w.settle[0]
+	w.settle = w.settle[1:]
+	c := w.clients[s.ID]
+	for _, p := range w.players {
+		if p.serving(s.ID) {
+			w.fail("session %d is settled while worker %d serves it", s.ID, p.id)
+		}
+	}
+	switch {
+	case !c.open:
+		w.m.SettledGone(s)
+	case w.chance(10):
+		c.open = false
+		w.m.SettledLost(s, "in doubt")
+	default:
+		w.cargo[s.ID] = c.state
+		w.m.SettledHeld(s)
+	}
+	w.run()
+}
+
+// died handles a death that was seen, after all its messages.
+func (w *world) died(p *player) {
+	w.note("worker %d was seen dead", p.id)
+	delete(w.said, w.nodes[p.id])
+	w.m.Dead(w.nodes[p.id])
+	w.run()
+	if _, restarted := w.m.Workers()[p.id]; !restarted {
+		delete(w.players, p.id)
+		delete(w.nodes, p.id)
+	}
+}
+
+func TestRandomSchedules(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		w := &world{t: t, m: New(1), inc: 1, rows: map[uint64]*row{}, clients: map[uint64]*client{}, players: map[uint64]*player{},
+			nodes: map[uint64]*Worker{}, cargo: map[uint64]int{}, crashIn: -1, highest: map[uint64]wire.Epoch{},
+			frozen: map[uint64]wire.Epoch{}}
+		w.newWorker()
+		w.newWorker()
+		steps := rapid.IntRange(20, 250).Draw(t, "steps")
+		for range steps {
+			w.step()
+			w.check()
+		}
+		w.settleDown()
+	})
+}
+
+// storyEnds is how much of the beginning and of the end of the story a failure tells.
+const storyEnds = 400

@@ -1,0 +1,120 @@
+package ledger
+
+import "github.com/ktlsvisor/ktlsvisor/internal/wire"
+
+// Reconcile brings the workers that have said what they have, and the ledger that an
+// earlier machine left, into line: what was not committed did not happen. The first
+// call names all workers that answered in time; one that answers later comes in a call
+// of its own.
+func (m *Machine) Reconcile(said map[*Worker][]wire.Held) {
+	held := make(map[*Worker]map[uint64]wire.Held, len(said))
+	for w, list := range said {
+		if !w.Reachable() {
+			continue
+		}
+		w.Awaited = false
+		held[w] = make(map[uint64]wire.Held, len(list))
+		for _, h := range list {
+			held[w][h.ID] = h
+		}
+	}
+	m.undoSplit(held)
+	for w, h := range held {
+		m.reconcile(w, h)
+	}
+}
+
+// undoSplit finds groups of which an earlier machine had committed some members and
+// not all. Then it had sent RESUME for none of them, so those at the new worker go back
+// to the old one, which still has them parked.
+func (m *Machine) undoSplit(held map[*Worker]map[uint64]wire.Held) {
+	for w, list := range held {
+		for id, h := range list {
+			s := m.sessions[id]
+			if s == nil || s.Group == nil || s.Owner != w || h.Phase != wire.PhaseAdopted || h.Epoch != s.Epoch {
+				continue
+			}
+			for old, theirs := range held {
+				p, ok := theirs[id]
+				if old == w || !ok || p.Phase != wire.PhaseParked || !s.Group.hasOwnedBy(old) {
+					continue
+				}
+				m.give(s, old)
+				s.Epoch = p.Epoch
+				s.Group.Home = old
+				m.emit(Effect{Kind: Put, Session: s, From: w})
+				break
+			}
+		}
+	}
+}
+
+func (g *Group) hasOwnedBy(w *Worker) bool {
+	for _, s := range g.Members {
+		if s.Owner == w {
+			return true
+		}
+	}
+	return false
+}
+
+func (m *Machine) reconcile(w *Worker, held map[uint64]wire.Held) {
+	thaw, resume := map[GroupKey][]wire.Ref{}, map[GroupKey][]wire.Ref{}
+	ended := w.ended
+	w.ended = nil
+	for id, h := range held {
+		if ended[id] {
+			continue // it said so after its inventory
+		}
+		s := m.sessions[id]
+		mine := s != nil && s.Owner == w
+		ref, try := wire.Ref{ID: id, Epoch: h.Epoch}, wire.Ref{ID: id, Epoch: h.Attempt}
+		say := func(k Kind, r wire.Ref) { m.emit(Effect{Kind: k, Worker: w, Session: s, Ref: r}) }
+		switch h.Phase {
+		case wire.PhaseClosed:
+			if mine {
+				m.end(s, Effect{How: Closed, Reason: h.Reason})
+			}
+			say(SendClosedAck, ref)
+		case wire.PhaseAdopted:
+			switch {
+			case !mine || h.Epoch != s.Epoch:
+				say(SendAbort, ref)
+			case s.Group != nil:
+				resume[s.Group.Key] = append(resume[s.Group.Key], ref)
+			default:
+				say(SendResume, ref)
+			}
+		case wire.PhaseParked, wire.PhaseFreezing:
+			switch {
+			case !mine && h.Phase == wire.PhaseParked:
+				say(SendRelease, try)
+			case !mine: // it has lost a session that it still serves
+				say(SendClose, ref)
+			case h.Group != "" && s.Group != nil:
+				thaw[s.Group.Key] = append(thaw[s.Group.Key], try)
+			default:
+				say(SendThaw, try)
+			}
+		default:
+			if !mine {
+				say(SendClose, ref)
+			}
+		}
+	}
+	for id, s := range w.Sessions {
+		if _, ok := held[id]; !ok {
+			m.Gone(s)
+		}
+	}
+	m.sendAll(SendThaw, w, thaw)
+	m.sendAll(SendResume, w, resume)
+}
+
+func (m *Machine) sendAll(k Kind, w *Worker, groups map[GroupKey][]wire.Ref) {
+	for key, refs := range groups {
+		for i, r := range refs {
+			m.emit(Effect{Kind: k, Worker: w, Session: m.sessions[r.ID], Ref: r, Group: m.groups[key], Last: i == len(refs)-1})
+		}
+	}
+}
