@@ -26,13 +26,15 @@ func (m *Machine) Cut(w *Worker) {
 }
 
 // Silent says that nothing more will be read of a worker that was cut.
+// One that may not have heard that it is to go on with a session is to be killed: it is
+// alive and would not serve it.
 func (m *Machine) Silent(w *Worker) {
 	if w.dead || w.silent {
 		return
 	}
 	m.Cut(w)
 	w.silent = true
-	if w.Awaited {
+	if w.unsure() {
 		m.emit(Effect{Kind: Kill, Worker: w})
 	}
 	for gm := range m.moves {

@@ -234,7 +234,7 @@ func (m *Machine) Joinable(t *Try, to *Worker) bool {
 func (m *Machine) commit(t *Try) {
 	s := t.Session
 	m.give(s, t.To)
-	s.Epoch = t.Epoch
+	s.Epoch, s.told = t.Epoch, 0
 	if t.Joins != nil {
 		m.leave(s)
 		m.enter(s, *t.Joins)
@@ -251,6 +251,7 @@ func (m *Machine) commit(t *Try) {
 
 // tell sends what follows a commit.
 func (m *Machine) tell(t *Try, g *Group, last bool) {
+	t.To.goOn(t.Session)
 	m.send(SendResume, t.To, t.Session, t.Epoch, g, last)
 	if t.From != nil && t.From.Reachable() {
 		m.send(SendRelease, t.From, t.Session, t.Epoch, nil, false)
@@ -294,6 +295,7 @@ func (m *Machine) undo(t *Try, g *Group, last bool) {
 	switch {
 	case t.From == nil:
 	case t.From.Reachable():
+		t.From.goOn(s)
 		m.send(SendThaw, t.From, s, t.Epoch, g, last)
 		return
 	case step == Freezing: // it goes on by itself; or it is dead, and Dead sees to it

@@ -39,10 +39,22 @@ func (w *world) step() {
 			w.note("worker %d is cut", p.id)
 			w.cut(p)
 		}
+	case n < 10:
+		if p, ok := pick(w, w.players, func(p *player) bool { return p.alive && !p.eof }); ok {
+			p.pending = append(p.pending, packet{typ: wire.TypePing, nonce: w.nodes[p.id].Told()})
+		}
 	case n < 11:
 		w.crashIn = w.choose(13)
 	case n < 15:
-		w.recovered()
+		waiting := 0
+		for id, n := range w.nodes {
+			if n.Awaited && n.Reachable() && w.players[id].alive && w.said[n] == nil {
+				waiting++
+			}
+		}
+		if waiting == 0 || w.chance(10) {
+			w.recovered()
+		}
 	case n < 24:
 		if s, ok := pick(w, w.m.Sessions(), func(s *Session) bool { return s.Group == nil && s.Phase() == PhaseOwned }); ok && !w.recovering {
 			w.note("freeze %d", s.ID)
@@ -77,24 +89,22 @@ func (w *world) step() {
 	}
 }
 
-// cut closes a worker's channel. What is queued for it still goes out; a worker that
-// does not take it is killed, or nobody would know what it has.
+// cut ends a worker's channel, from either side.
 func (w *world) cut(p *player) {
 	w.m.Cut(w.nodes[p.id])
 	w.run()
 	if w.crashed || !p.alive {
 		return
 	}
-	if w.chance(4) {
-		w.note("worker %d does not read", p.id)
-		p.alive, p.eof = false, true
-		return
+	if !w.chance(3) {
+		p.in, p.pending = append(p.in, p.pending...), nil
+		w.nodes[p.id].Sure(w.nodes[p.id].Told())
+		for len(p.in) > 0 { // it reads what is there, then the end
+			w.toWorker(p)
+		}
 	}
-	p.in, p.pending = append(p.in, p.pending...), nil
-	for len(p.in) > 0 { // it reads what is there, then the end
-		w.toWorker(p)
-	}
-	p.channelEnded()
+	p.channelEnded() // or it has closed the channel itself
+	p.in, p.pending = nil, nil
 }
 
 func (w *world) freezeGroup() {
@@ -218,6 +228,13 @@ func (w *world) settleDown() {
 			}
 		}
 		w.check()
+	}
+	for _, g := range w.m.Groups() {
+		for id, s := range g.Members {
+			if s.Owner != nil && s.Owner.Usable() && s.Owner != g.Home && !w.late {
+				w.fail("session %d of group %s is with worker %d, and the group with %+v", id, g.Key.Name, s.Owner.ID, g.Home)
+			}
+		}
 	}
 	for id, s := range w.m.Sessions() {
 		if s.Phase() != PhaseOwned {

@@ -45,6 +45,7 @@ type world struct {
 	said       map[*Worker][]wire.Held
 	crashIn    int // effects until the supervisor dies; -1: it does not
 	crashed    bool
+	late       bool // an inventory came after the wait for it
 	highest    map[uint64]wire.Epoch
 	frozen     map[uint64]wire.Epoch
 	log        []string
@@ -200,6 +201,9 @@ func (w *world) do(e Effect) {
 				w.frozen[id] = e.Ref.Epoch
 			}
 		}
+		if e.Kind == SendResume && !e.Session.Ended && w.rows[id].kept >= 0 {
+			w.fail("RESUME for session %d goes out while its parked record state stands", id)
+		}
 		k := packet{kind: e.Kind, ref: e.Ref, last: e.Last}
 		if e.Group != nil {
 			k.group = e.Group.Key.Name
@@ -324,12 +328,15 @@ func (w *world) fromWorker(p *player) {
 		if verdict = w.m.Closed(n, k.ref, wire.ReasonPeer); verdict != Wrong && n.Reachable() {
 			p.pending = append(p.pending, packet{kind: SendClosedAck, ref: k.ref})
 		}
+	case wire.TypePong:
+		n.Sure(k.nonce)
 	case wire.TypeInventoryReply:
 		switch {
 		case !n.Awaited || k.nonce != w.inc: // for an earlier supervisor
 		case w.recovering:
 			w.said[n] = append([]wire.Held{}, k.held...)
 		default:
+			w.late = true
 			w.m.Reconcile(map[*Worker][]wire.Held{n: k.held})
 		}
 	}
@@ -347,6 +354,8 @@ func (w *world) toWorker(p *player) {
 	switch {
 	case k.typ == wire.TypeInventory:
 		p.inventory(k.nonce)
+	case k.typ == wire.TypePing:
+		p.send(packet{typ: wire.TypePong, nonce: k.nonce})
 	default:
 		p.handle(k)
 	}

@@ -69,7 +69,12 @@ func (m *Machine) reconcile(w *Worker, held map[uint64]wire.Held) {
 		s := m.sessions[id]
 		mine := s != nil && s.Owner == w
 		ref, try := wire.Ref{ID: id, Epoch: h.Epoch}, wire.Ref{ID: id, Epoch: h.Attempt}
-		say := func(k Kind, r wire.Ref) { m.emit(Effect{Kind: k, Worker: w, Session: s, Ref: r}) }
+		say := func(k Kind, r wire.Ref) {
+			if k == SendResume || k == SendThaw {
+				w.goOn(s)
+			}
+			m.emit(Effect{Kind: k, Worker: w, Session: s, Ref: r})
+		}
 		switch h.Phase {
 		case wire.PhaseClosed:
 			if mine {
@@ -77,6 +82,9 @@ func (m *Machine) reconcile(w *Worker, held map[uint64]wire.Held) {
 			}
 			say(SendClosedAck, ref)
 		case wire.PhaseAdopted:
+			if mine && h.Epoch == s.Epoch {
+				m.emit(Effect{Kind: Void, Session: s}) // the earlier machine may not have come so far
+			}
 			switch {
 			case !mine || h.Epoch != s.Epoch:
 				say(SendAbort, ref)
@@ -114,6 +122,7 @@ func (m *Machine) reconcile(w *Worker, held map[uint64]wire.Held) {
 func (m *Machine) sendAll(k Kind, w *Worker, groups map[GroupKey][]wire.Ref) {
 	for key, refs := range groups {
 		for i, r := range refs {
+			w.goOn(m.sessions[r.ID])
 			m.emit(Effect{Kind: k, Worker: w, Session: m.sessions[r.ID], Ref: r, Group: m.groups[key], Last: i == len(refs)-1})
 		}
 	}

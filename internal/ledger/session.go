@@ -15,6 +15,8 @@ type Worker struct {
 	// taken from it until Reconcile.
 	Awaited bool
 	X       any             // the driver's
+	told    uint32          // orders to go on with a session that were sent to it
+	sure    uint32          // of these, those that it has certainly read
 	ended   map[uint64]bool // while Awaited: ended since it was asked
 	cut     bool
 	silent  bool
@@ -27,6 +29,40 @@ func (w *Worker) Reachable() bool { return !w.cut && !w.dead }
 // Usable says whether sessions can be given to it and taken from it.
 func (w *Worker) Usable() bool { return w.Reachable() && !w.Awaited }
 
+// Told counts the orders to go on (RESUME, THAW) that were sent to it; Sure says that
+// it has read the first n of them, for it answered to something that came later, or its
+// channel was emptied. An owner that has not read such an order does not serve the
+// session, and nobody else would know.
+func (w *Worker) Told() uint32 { return w.told }
+
+// Sure is described at Told.
+func (w *Worker) Sure(n uint32) {
+	if n > w.sure && n <= w.told {
+		w.sure = n
+	}
+}
+
+// unsure says whether there is a session of which nobody knows if it is served.
+func (w *Worker) unsure() bool {
+	if w.Awaited {
+		return true
+	}
+	if w.told == w.sure {
+		return false
+	}
+	for _, s := range w.Sessions {
+		if s.told > w.sure {
+			return true
+		}
+	}
+	return false
+}
+
+func (w *Worker) goOn(s *Session) {
+	w.told++
+	s.told = w.told
+}
+
 // Session is one row of the ledger. The fields are for reading; events change them.
 type Session struct {
 	ID    uint64
@@ -36,7 +72,8 @@ type Session struct {
 	Group *Group     // nil: none
 	Doubt bool       // its owner was seen dead; how far it came is being found out
 	Ended bool
-	X     any // the driver's
+	X     any    // the driver's
+	told  uint32 // the last order to its owner to go on with it
 }
 
 // Step is how far an attempt has come.
