@@ -58,13 +58,12 @@ func (m *Machine) FreezeGroup(g *Group) *GroupMove {
 	}
 	list := make([]*Session, 0, len(g.Members))
 	for _, s := range g.Members {
-		if s.Owner != from {
-			continue
-		}
-		if s.Try != nil {
+		if s.Try != nil { // also one that is on its way to the home
 			return nil
 		}
-		list = append(list, s)
+		if s.Owner == from {
+			list = append(list, s)
+		}
 	}
 	if len(list) == 0 {
 		return nil

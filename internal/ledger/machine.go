@@ -220,11 +220,12 @@ func (m *Machine) Adopted(w *Worker, ref wire.Ref) Verdict {
 	return Fine
 }
 
-// Joinable says whether an attempt that brings a session to its group still goes the
-// right way.
+// Joinable says whether an attempt that brings a session to its group, or to the one it
+// wants to join, still goes the right way.
 func (m *Machine) Joinable(t *Try, to *Worker) bool {
 	if t.Joins == nil {
-		return true
+		g := t.Session.Group
+		return g == nil || g.Home == nil || g.Home == to
 	}
 	g := m.groups[*t.Joins]
 	return g == nil || g.Home == to && g.Move == nil
