@@ -1,44 +1,19 @@
 package ledger
 
-// Cut says that a worker can no longer be told anything: its channel is closed, or
-// will be. It may be alive; then it goes on with what it owns and forgets what it had
-// parked or adopted. What it had sent before may still be read: Silent comes after it.
-func (m *Machine) Cut(w *Worker) {
+// Cut says that a worker can no longer be talked to: its channel has ended. It may be
+// alive; then it goes on with what it owns and forgets what it had parked or adopted.
+// read says that everything it had sent was handled. One of which nobody knows any more
+// what it serves is to be killed.
+func (m *Machine) Cut(w *Worker, read bool) {
 	if w.cut || w.dead {
 		return
 	}
+	unsure := w.unsure(read)
 	w.cut = true
-	for gm := range m.moves {
-		if gm.To == w {
+	for _, gm := range m.sortedMoves() {
+		switch {
+		case gm.To == w:
 			m.UndoGroup(gm)
-		}
-	}
-	for t := range m.tries {
-		switch {
-		case t.Move != nil:
-		case t.To == w:
-			m.undo(t, nil, false)
-		case t.From == w && t.Step != Freezing:
-			t.From = nil
-			m.unowned(t.Session)
-		}
-	}
-}
-
-// Silent says that nothing more will be read of a worker that was cut.
-// One that may not have heard that it is to go on with a session is to be killed: it is
-// alive and would not serve it.
-func (m *Machine) Silent(w *Worker) {
-	if w.dead || w.silent {
-		return
-	}
-	m.Cut(w)
-	w.silent = true
-	if w.unsure() {
-		m.emit(Effect{Kind: Kill, Worker: w})
-	}
-	for gm := range m.moves {
-		switch {
 		case gm.From != w:
 		case gm.Offered:
 			m.goOnWithout(gm)
@@ -46,9 +21,14 @@ func (m *Machine) Silent(w *Worker) {
 			m.UndoGroup(gm)
 		}
 	}
-	for t := range m.tries {
-		if t.Move == nil && t.From == w && t.Step == Freezing {
+	for _, t := range m.sortedTries() {
+		switch {
+		case t.Move != nil:
+		case t.To == w, t.From == w && t.Step == Freezing:
 			m.undo(t, nil, false)
+		case t.From == w:
+			t.From = nil
+			m.unowned(t.Session)
 		}
 	}
 	// Members that it parked are held now; they need not wait for it to end.
@@ -57,6 +37,10 @@ func (m *Machine) Silent(w *Worker) {
 			g.Home = nil
 		}
 	}
+	if unsure {
+		m.emit(Effect{Kind: Kill, Worker: w})
+	}
+	m.emit(Effect{Kind: Detached, Worker: w})
 }
 
 func (g *Group) hasHeld() bool {
@@ -74,7 +58,7 @@ func (m *Machine) goOnWithout(gm *GroupMove) {
 	gm.From = nil
 	gm.Group.Home = nil
 	m.keepBlob(gm.Group, gm.Blob)
-	for _, s := range gm.Members {
+	for _, s := range sorted(gm.Members) {
 		s.Try.From = nil
 		m.unowned(s)
 	}
@@ -86,7 +70,7 @@ func (m *Machine) Dead(w *Worker) {
 	if w.dead {
 		return
 	}
-	m.Silent(w)
+	m.Cut(w, true)
 	w.dead = true
 	delete(m.workers, w.ID)
 	for _, g := range m.groups {
@@ -94,7 +78,7 @@ func (m *Machine) Dead(w *Worker) {
 			g.Home = nil
 		}
 	}
-	for _, s := range w.Sessions {
+	for _, s := range sorted(w.Sessions) {
 		m.give(s, nil)
 		s.Doubt = true
 		m.emit(Effect{Kind: Settle, Session: s})

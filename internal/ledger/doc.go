@@ -28,7 +28,9 @@
 //
 // In doubt is a session whose owner has been seen dead while it served: how far it came
 // is being found out. Whoever is dead or cut (its channel is closed, though it may live)
-// gets no message any more; what it had parked goes on from the parked state.
+// gets no message any more; what it had parked goes on from the parked state. Nobody may
+// be left who owns a session and does not know: a worker whose channel ends before it has
+// certainly heard all RESUMEs and THAWs is killed.
 //
 // Every attempt to give a session another owner has an epoch of its own, higher than
 // all before. An answer with another epoch is late and changes nothing. The commit is

@@ -28,6 +28,9 @@ const (
 	KeepGroup
 	// Kill: nobody can find out any more what the worker has; end it.
 	Kill
+	// Detached: store that the worker's channel has ended, after its Kill if there is
+	// one. A machine that does not find this asks it what it has.
+	Detached
 	// Settle: the session's owner is dead. Find out how far it came, then call
 	// SettledHeld, SettledGone or SettledLost.
 	Settle
@@ -46,7 +49,7 @@ const (
 
 func (k Kind) String() string {
 	return [...]string{"put", "keep", "void", "FREEZE", "ADOPT", "RESUME", "RELEASE", "THAW", "ABORT", "CLOSED_ACK", "CLOSE",
-		"keep group", "kill", "settle", "moved", "returned", "group ready", "group done", "end"}[k]
+		"keep group", "kill", "detached", "settle", "moved", "returned", "group ready", "group done", "end"}[k]
 }
 
 // How a session ended.
@@ -71,7 +74,7 @@ type Effect struct {
 	Group   *Group     // of messages: those of one kind belong together
 	Last    bool       // and this is the last one
 	Move    *GroupMove // GroupReady, GroupDone
-	Try     *Try       // SendAdopt: what is offered. Moved, Returned: the attempt that ended
+	Try     *Try       // SendAdopt: what is offered. Put, Moved, Returned: the attempt that ended, or nil
 	How     How
 	Reason  wire.Reason // How is Closed
 	Why     string      // How is Lost

@@ -57,7 +57,7 @@ func (m *Machine) FreezeGroup(g *Group) *GroupMove {
 		return nil
 	}
 	list := make([]*Session, 0, len(g.Members))
-	for _, s := range g.Members {
+	for _, s := range sorted(g.Members) {
 		if s.Try != nil { // also one that is on its way to the home
 			return nil
 		}
@@ -96,7 +96,7 @@ func (m *Machine) GroupParked(w *Worker, key GroupKey, refs []wire.Ref, blob []b
 		ours = ours && s.Try != nil && s.Try.Move == gm && s.Try.Epoch == r.Epoch && s.Try.Step == Freezing
 	}
 	if !ours {
-		return m.parkedLate(w, key, refs, blob)
+		return Late
 	}
 	for _, r := range refs {
 		m.sessions[r.ID].Try.Step = Parked
@@ -107,24 +107,6 @@ func (m *Machine) GroupParked(w *Worker, key GroupKey, refs []wire.Ref, blob []b
 	gm.Last = gm.Last || last
 	m.progress(gm)
 	return Fine
-}
-
-// parkedLate is for a part of a group's PARKED whose move was given up. It still counts
-// when the worker was cut: then it had parked its part of the group for good.
-func (m *Machine) parkedLate(w *Worker, key GroupKey, refs []wire.Ref, blob []byte) Verdict {
-	if !w.cut {
-		return Late
-	}
-	verdict := Late
-	for _, r := range refs {
-		if m.Parked(w, r) == Fine {
-			verdict = Fine
-		}
-	}
-	if g := m.groups[key]; g != nil && blob != nil && verdict == Fine {
-		m.keepBlob(g, blob)
-	}
-	return verdict
 }
 
 func (m *Machine) keepBlob(g *Group, blob []byte) {
@@ -141,7 +123,7 @@ func (m *Machine) HoldGroup(g *Group) *GroupMove {
 		return nil
 	}
 	list := make([]*Session, 0, len(g.Members))
-	for _, s := range g.Members {
+	for _, s := range sorted(g.Members) {
 		switch {
 		case s.Doubt || s.Try != nil:
 			return nil
@@ -198,9 +180,7 @@ func (m *Machine) OfferGroup(gm *GroupMove, to *Worker) bool {
 		return false
 	}
 	gm.To, gm.Offered = to, true
-	n := 0
-	for _, s := range gm.Members {
-		n++
+	for _, s := range sorted(gm.Members) {
 		m.offer(s.Try, to)
 	}
 	m.out[len(m.out)-1].Last = true
@@ -211,7 +191,7 @@ func (m *Machine) OfferGroup(gm *GroupMove, to *Worker) bool {
 // member uncommitted knows that none has been resumed.
 func (m *Machine) commitGroup(gm *GroupMove) {
 	list := make([]*Try, 0, len(gm.Members))
-	for _, s := range gm.Members {
+	for _, s := range sorted(gm.Members) {
 		list = append(list, s.Try)
 	}
 	clear(gm.Members)
@@ -232,7 +212,7 @@ func (m *Machine) UndoGroup(gm *GroupMove) {
 		return
 	}
 	list := make([]*Try, 0, len(gm.Members))
-	for _, s := range gm.Members {
+	for _, s := range sorted(gm.Members) {
 		list = append(list, s.Try)
 	}
 	clear(gm.Members)

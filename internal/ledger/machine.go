@@ -162,17 +162,7 @@ func (m *Machine) Parked(w *Worker, ref wire.Ref) Verdict {
 		return Late
 	}
 	t.Step = Parked
-	m.parkedLast(t)
 	return Fine
-}
-
-// parkedLast is for what a worker that was cut had parked before: it has forgotten it
-// by now.
-func (m *Machine) parkedLast(t *Try) {
-	if t.From.cut {
-		t.From = nil
-		m.unowned(t.Session)
-	}
 }
 
 // Offer gives a session that is held, or parked by its owner, to a worker. It returns
@@ -245,7 +235,7 @@ func (m *Machine) commit(t *Try) {
 	}
 	t.Move = nil
 	m.drop(t)
-	m.emit(Effect{Kind: Put, Session: s})
+	m.emit(Effect{Kind: Put, Session: s, Try: t})
 	m.emit(Effect{Kind: Void, Session: s})
 	m.emit(Effect{Kind: Moved, Session: s, Worker: t.To, From: t.From, Try: t})
 }
@@ -289,9 +279,6 @@ func (m *Machine) undo(t *Try, g *Group, last bool) {
 		m.send(SendAbort, t.To, s, t.Epoch, nil, false)
 	}
 	step := t.Step
-	if step == Freezing && t.From.cut && !t.From.silent {
-		return // it may have parked the session: Silent decides
-	}
 	m.drop(t)
 	switch {
 	case t.From == nil:

@@ -89,22 +89,31 @@ func (w *world) step() {
 	}
 }
 
-// cut ends a worker's channel, from either side.
+// cut ends a worker's channel: because of what it said, or it does so itself.
 func (w *world) cut(p *player) {
-	w.m.Cut(w.nodes[p.id])
-	w.run()
-	if w.crashed || !p.alive {
-		return
-	}
-	if !w.chance(3) {
-		p.in, p.pending = append(p.in, p.pending...), nil
-		w.nodes[p.id].Sure(w.nodes[p.id].Told())
-		for len(p.in) > 0 { // it reads what is there, then the end
-			w.toWorker(p)
+	hungUp := w.chance(2)
+	if hungUp {
+		p.channelEnded()
+		p.in, p.pending = nil, nil
+		for len(p.out) > 0 {
+			w.fromWorker(p)
 		}
 	}
-	p.channelEnded() // or it has closed the channel itself
-	p.in, p.pending = nil, nil
+	n := w.nodes[p.id]
+	if n.cut {
+		return
+	}
+	p.out = nil
+	w.m.Cut(n, hungUp)
+	w.run()
+	if !p.eof {
+		keep := w.choose(len(p.pending) + 1)
+		p.in, p.pending = append(p.in, p.pending[:keep]...), nil
+		for len(p.in) > 0 && p.alive {
+			w.toWorker(p)
+		}
+		p.channelEnded()
+	}
 }
 
 func (w *world) freezeGroup() {
@@ -153,8 +162,8 @@ func (w *world) proceed() bool {
 			}
 			continue
 		}
-		if p.eof && len(p.out) == 0 && !w.nodes[id].silent {
-			can = append(can, func() { w.note("worker %d is silent", p.id); w.m.Silent(w.nodes[p.id]); w.run() })
+		if p.eof && len(p.out) == 0 && w.nodes[id].Reachable() {
+			can = append(can, func() { w.m.Cut(w.nodes[p.id], true); w.run() })
 		}
 		if len(p.in) > 0 && !p.eof {
 			can = append(can, func() { w.toWorker(p) })

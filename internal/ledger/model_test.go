@@ -220,6 +220,8 @@ func (w *world) do(e Effect) {
 		}
 	case Kill:
 		w.players[e.Worker.ID].alive = false
+	case Detached:
+		w.players[e.Worker.ID].detached = true
 	case Settle:
 		w.settle = append(w.settle, e.Session)
 	case GroupReady:
@@ -243,20 +245,15 @@ func (w *world) crash() {
 	}
 	w.m = New(w.inc)
 	w.recovering = true
-	old := w.nodes
 	w.nodes = map[uint64]*Worker{}
 	for _, pid := range sortedKeys(w.players) {
 		p := w.players[pid]
 		n := &Worker{ID: pid, Awaited: true}
 		w.nodes[pid] = n
 		w.m.AddWorker(n)
-		if o := old[pid]; o.cut {
-			if !o.silent { // nobody knows what it had parked
-				p.alive = false
-			}
-			p.out = nil
-			w.m.Cut(n)
-			w.m.Silent(n)
+		if p.detached {
+			n.Awaited = false
+			w.m.Cut(n, true)
 			continue
 		}
 		p.pending = append(p.pending, packet{typ: wire.TypeInventory, nonce: w.inc})
@@ -301,10 +298,6 @@ func (w *world) fromWorker(p *player) {
 		if k.group == "" {
 			if verdict = w.m.Parked(n, k.ref); verdict == Fine {
 				w.cargo[k.ref.ID] = k.state
-				if s := w.m.Session(k.ref.ID); s.Owner == nil {
-					// A worker that was cut had parked it: to be kept at once.
-					w.run()
-				}
 				w.offer(w.m.Session(k.ref.ID))
 			}
 			break

@@ -43,15 +43,17 @@ type batch struct {
 
 // player is a worker that keeps to the protocol. Its supervisor may not.
 type player struct {
-	id      uint64
-	alive   bool
-	eof     bool // its channel has ended
-	in, out []packet
-	pending []packet // in the supervisor's queue, lost with it
-	have    map[uint64]*copyOf
-	batches map[string]*batch
-	tombs   map[uint64]wire.Held
-	world   *world
+	id    uint64
+	alive bool
+	eof   bool // its channel has ended
+	// The supervisor has stored that.
+	detached bool
+	in, out  []packet
+	pending  []packet // in the supervisor's queue, lost with it
+	have     map[uint64]*copyOf
+	batches  map[string]*batch
+	tombs    map[uint64]wire.Held
+	world    *world
 }
 
 func (p *player) serving(id uint64) bool {

@@ -1,6 +1,12 @@
 package ledger
 
-import "github.com/ktlsvisor/ktlsvisor/internal/wire"
+import (
+	"cmp"
+	"maps"
+	"slices"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+)
 
 // Reconcile brings the workers that have said what they have, and the ledger that an
 // earlier machine left, into line: what was not committed did not happen. The first
@@ -8,34 +14,37 @@ import "github.com/ktlsvisor/ktlsvisor/internal/wire"
 // of its own.
 func (m *Machine) Reconcile(said map[*Worker][]wire.Held) {
 	held := make(map[*Worker]map[uint64]wire.Held, len(said))
+	workers := make([]*Worker, 0, len(said))
 	for w, list := range said {
 		if !w.Reachable() {
 			continue
 		}
 		w.Awaited = false
+		workers = append(workers, w)
 		held[w] = make(map[uint64]wire.Held, len(list))
 		for _, h := range list {
 			held[w][h.ID] = h
 		}
 	}
-	m.undoSplit(held)
-	for w, h := range held {
-		m.reconcile(w, h)
+	slices.SortFunc(workers, func(a, b *Worker) int { return cmp.Compare(a.ID, b.ID) })
+	m.undoSplit(workers, held)
+	for _, w := range workers {
+		m.reconcile(w, held[w])
 	}
 }
 
 // undoSplit finds groups of which an earlier machine had committed some members and
 // not all. Then it had sent RESUME for none of them, so those at the new worker go back
 // to the old one, which still has them parked.
-func (m *Machine) undoSplit(held map[*Worker]map[uint64]wire.Held) {
-	for w, list := range held {
-		for id, h := range list {
+func (m *Machine) undoSplit(workers []*Worker, held map[*Worker]map[uint64]wire.Held) {
+	for _, w := range workers {
+		for id, h := range held[w] {
 			s := m.sessions[id]
 			if s == nil || s.Group == nil || s.Owner != w || h.Phase != wire.PhaseAdopted || h.Epoch != s.Epoch {
 				continue
 			}
-			for old, theirs := range held {
-				p, ok := theirs[id]
+			for _, old := range workers {
+				p, ok := held[old][id]
 				if old == w || !ok || p.Phase != wire.PhaseParked || !s.Group.hasOwnedBy(old) {
 					continue
 				}
@@ -62,7 +71,8 @@ func (m *Machine) reconcile(w *Worker, held map[uint64]wire.Held) {
 	thaw, resume := map[GroupKey][]wire.Ref{}, map[GroupKey][]wire.Ref{}
 	ended := w.ended
 	w.ended = nil
-	for id, h := range held {
+	for _, id := range slices.Sorted(maps.Keys(held)) {
+		h := held[id]
 		if ended[id] {
 			continue // it said so after its inventory
 		}
@@ -110,8 +120,8 @@ func (m *Machine) reconcile(w *Worker, held map[uint64]wire.Held) {
 			}
 		}
 	}
-	for id, s := range w.Sessions {
-		if _, ok := held[id]; !ok {
+	for _, s := range sorted(w.Sessions) {
+		if _, ok := held[s.ID]; !ok {
 			m.Gone(s)
 		}
 	}

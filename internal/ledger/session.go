@@ -19,7 +19,6 @@ type Worker struct {
 	sure    uint32          // of these, those that it has certainly read
 	ended   map[uint64]bool // while Awaited: ended since it was asked
 	cut     bool
-	silent  bool
 	dead    bool
 }
 
@@ -42,16 +41,18 @@ func (w *Worker) Sure(n uint32) {
 	}
 }
 
-// unsure says whether there is a session of which nobody knows if it is served.
-func (w *Worker) unsure() bool {
+// unsure says whether there is a session of which nobody knows if it is served. read
+// says whether everything that the worker sent was read: what it was asked to park, it
+// may have parked otherwise.
+func (w *Worker) unsure(read bool) bool {
 	if w.Awaited {
 		return true
 	}
-	if w.told == w.sure {
+	if read && w.told == w.sure {
 		return false
 	}
 	for _, s := range w.Sessions {
-		if s.told > w.sure {
+		if s.told > w.sure || !read && s.Try != nil && s.Try.Step == Freezing {
 			return true
 		}
 	}
