@@ -72,7 +72,6 @@ func (m *Machine) Dead(w *Worker) {
 	}
 	m.Cut(w, true)
 	w.dead = true
-	delete(m.workers, w.ID)
 	for _, g := range m.groups {
 		if g.Home == w {
 			g.Home = nil

@@ -89,7 +89,7 @@ func (m *Machine) GroupParked(w *Worker, key GroupKey, refs []wire.Ref, blob []b
 	}
 	ours := gm != nil && gm.From == w && !gm.Offered
 	for _, r := range refs {
-		s := m.sessions[r.ID]
+		s := m.lookup(r.ID)
 		if s == nil || s.Owner != w {
 			return Wrong
 		}
@@ -99,7 +99,7 @@ func (m *Machine) GroupParked(w *Worker, key GroupKey, refs []wire.Ref, blob []b
 		return Late
 	}
 	for _, r := range refs {
-		m.sessions[r.ID].Try.Step = Parked
+		m.lookup(r.ID).Try.Step = Parked
 	}
 	if blob != nil {
 		gm.Blob = blob

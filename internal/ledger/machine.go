@@ -16,8 +16,7 @@ const (
 
 // Machine is the ledger. It is not safe for concurrent use: one goroutine owns it.
 type Machine struct {
-	sessions    map[uint64]*Session
-	workers     map[uint64]*Worker
+	lookup      func(id uint64) *Session
 	groups      map[GroupKey]*Group
 	tries       map[*Try]struct{}
 	moves       map[*GroupMove]struct{}
@@ -28,20 +27,12 @@ type Machine struct {
 }
 
 // New makes an empty machine. incarnation is a number that no earlier machine over
-// the same sessions had, higher than theirs.
-func New(incarnation uint32) *Machine {
-	return &Machine{incarnation: incarnation, sessions: map[uint64]*Session{}, workers: map[uint64]*Worker{},
+// the same sessions had, higher than theirs. lookup finds a session that was entered
+// with Admit or Restore and has not ended, nil for any other.
+func New(incarnation uint32, lookup func(id uint64) *Session) *Machine {
+	return &Machine{incarnation: incarnation, lookup: lookup,
 		groups: map[GroupKey]*Group{}, tries: map[*Try]struct{}{}, moves: map[*GroupMove]struct{}{}}
 }
-
-// Session returns a session, nil when there is none with this id.
-func (m *Machine) Session(id uint64) *Session { return m.sessions[id] }
-
-// Sessions, Workers, Groups, Tries and Moves are for reading.
-func (m *Machine) Sessions() map[uint64]*Session { return m.sessions }
-
-// Workers returns all workers that are not dead.
-func (m *Machine) Workers() map[uint64]*Worker { return m.workers }
 
 // Groups returns the groups that have members.
 func (m *Machine) Groups() map[GroupKey]*Group { return m.groups }
@@ -60,26 +51,16 @@ func (m *Machine) nextEpoch() wire.Epoch {
 	return wire.NewEpoch(m.incarnation, m.epochs)
 }
 
-// AddWorker enters a process.
-func (m *Machine) AddWorker(w *Worker) {
-	if w.Sessions == nil {
-		w.Sessions = map[uint64]*Session{}
-	}
-	m.workers[w.ID] = w
-}
-
 // Admit enters a new session, which nobody owns, with the record state of its
 // handshake.
 func (m *Machine) Admit(s *Session) {
 	s.Epoch = m.nextEpoch()
-	m.sessions[s.ID] = s
 	m.emit(Effect{Kind: Put, Session: s})
 }
 
 // Restore enters a session as an earlier machine left it: owner is who the last Put
 // named, nil if nobody or if it is dead.
 func (m *Machine) Restore(s *Session, owner *Worker, group *GroupKey) {
-	m.sessions[s.ID] = s
 	if owner != nil {
 		m.give(s, owner)
 	}
@@ -100,6 +81,9 @@ func (m *Machine) give(s *Session, w *Worker) {
 	}
 	s.Owner = w
 	if w != nil {
+		if w.Sessions == nil {
+			w.Sessions = map[uint64]*Session{}
+		}
 		w.Sessions[s.ID] = s
 	}
 }
@@ -153,7 +137,7 @@ func (m *Machine) Freeze(s *Session, joins *GroupKey) *Try {
 // Parked handles the PARKED of one session without its group. After Fine, call Offer
 // or Undo.
 func (m *Machine) Parked(w *Worker, ref wire.Ref) Verdict {
-	s := m.sessions[ref.ID]
+	s := m.lookup(ref.ID)
 	if s == nil || s.Owner != w {
 		return Wrong
 	}
@@ -192,7 +176,7 @@ func (m *Machine) offer(t *Try, to *Worker) {
 // Adopted handles one session's ADOPTED. With it, or with the last one of its group,
 // the move is committed.
 func (m *Machine) Adopted(w *Worker, ref wire.Ref) Verdict {
-	s := m.sessions[ref.ID]
+	s := m.lookup(ref.ID)
 	if s == nil || s.Try == nil || s.Try.Epoch != ref.Epoch || s.Try.To != w || s.Try.Step != Offered {
 		return Late
 	}
@@ -252,7 +236,7 @@ func (m *Machine) tell(t *Try, g *Group, last bool) {
 // Refused handles a refusal by the worker that a session, or its group, was offered
 // to.
 func (m *Machine) Refused(w *Worker, ref wire.Ref) Verdict {
-	s := m.sessions[ref.ID]
+	s := m.lookup(ref.ID)
 	if s == nil || s.Try == nil || s.Try.Epoch != ref.Epoch || s.Try.To != w {
 		return Late
 	}
@@ -306,7 +290,7 @@ func (m *Machine) unowned(s *Session) {
 
 // Closed handles the end of a session, told by its owner.
 func (m *Machine) Closed(w *Worker, ref wire.Ref, why wire.Reason) Verdict {
-	s := m.sessions[ref.ID]
+	s := m.lookup(ref.ID)
 	switch {
 	case s == nil:
 		return Late // told again
@@ -346,7 +330,6 @@ func (m *Machine) end(s *Session, e Effect) {
 	}
 	m.give(s, nil)
 	m.leave(s)
-	delete(m.sessions, s.ID)
 	e.Kind, e.Session, e.From = End, s, owner
 	m.emit(e)
 }

@@ -56,7 +56,7 @@ func (w *world) step() {
 			w.recovered()
 		}
 	case n < 24:
-		if s, ok := pick(w, w.m.Sessions(), func(s *Session) bool { return s.Group == nil && s.Phase() == PhaseOwned }); ok && !w.recovering {
+		if s, ok := pick(w, w.live, func(s *Session) bool { return s.Group == nil && s.Phase() == PhaseOwned }); ok && !w.recovering {
 			w.note("freeze %d", s.ID)
 			w.m.Freeze(s, nil)
 			w.run()
@@ -64,7 +64,7 @@ func (w *world) step() {
 	case n < 28:
 		w.freezeGroup()
 	case n < 31:
-		if s, ok := pick(w, w.m.Sessions(), func(s *Session) bool { return s.Try != nil }); ok {
+		if s, ok := pick(w, w.live, func(s *Session) bool { return s.Try != nil }); ok {
 			w.note("time is up for %d", s.ID)
 			w.m.Undo(s)
 			w.run()
@@ -72,7 +72,7 @@ func (w *world) step() {
 	case n < 37:
 		w.join()
 	case n < 39:
-		if s, ok := pick(w, w.m.Sessions(), func(s *Session) bool { return s.Group != nil && s.Phase() == PhaseOwned }); ok {
+		if s, ok := pick(w, w.live, func(s *Session) bool { return s.Group != nil && s.Phase() == PhaseOwned }); ok {
 			w.note("session %d leaves its group", s.ID)
 			w.m.Leave(s)
 			w.run()
@@ -120,7 +120,7 @@ func (w *world) freezeGroup() {
 	if w.recovering {
 		return
 	}
-	if s, ok := pick(w, w.m.Sessions(), func(s *Session) bool { return s.Group != nil }); ok {
+	if s, ok := pick(w, w.live, func(s *Session) bool { return s.Group != nil }); ok {
 		w.note("freeze group of %d", s.ID)
 		w.m.FreezeGroup(s.Group)
 		w.run()
@@ -129,7 +129,7 @@ func (w *world) freezeGroup() {
 
 // join brings a session into a group: at its home, as its first member, or by a move.
 func (w *world) join() {
-	s, ok := pick(w, w.m.Sessions(), func(s *Session) bool { return s.Group == nil && s.Phase() == PhaseOwned && s.Owner.Usable() })
+	s, ok := pick(w, w.live, func(s *Session) bool { return s.Group == nil && s.Phase() == PhaseOwned && s.Owner.Usable() })
 	if !ok || w.recovering {
 		return
 	}
@@ -186,8 +186,8 @@ func (w *world) proceed() bool {
 		can = append(can, w.offerReady)
 	}
 	if !w.recovering {
-		for _, id := range sortedKeys(w.m.Sessions()) {
-			s := w.m.Sessions()[id]
+		for _, id := range sortedKeys(w.live) {
+			s := w.live[id]
 			if s.Phase() != PhaseHeld || s.Try != nil {
 				continue
 			}
@@ -245,7 +245,7 @@ func (w *world) settleDown() {
 			}
 		}
 	}
-	for id, s := range w.m.Sessions() {
+	for id, s := range w.live {
 		if s.Phase() != PhaseOwned {
 			w.fail("session %d stays %s", id, s.Phase())
 		}

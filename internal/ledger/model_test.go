@@ -33,6 +33,7 @@ type world struct {
 	inc     uint32
 	nextID  uint64
 	nextW   uint64
+	live    map[uint64]*Session // of the present supervisor
 	rows    map[uint64]*row
 	clients map[uint64]*client
 	players map[uint64]*player
@@ -62,6 +63,8 @@ func (w *world) fail(format string, args ...any) {
 }
 
 func (w *world) note(format string, args ...any) { w.log = append(w.log, fmt.Sprintf(format, args...)) }
+
+func (w *world) find(id uint64) *Session { return w.live[id] }
 
 func (w *world) chance(n int) bool {
 	return !w.quiet && w.choose(n) == n-1
@@ -105,7 +108,7 @@ func (w *world) check() {
 				w.fail("worker %d serves session %d; in the ledger: %+v", pid, id, r)
 			}
 		}
-		if !w.crashed && c.ended == 0 && w.m.Session(id) == nil {
+		if !w.crashed && c.ended == 0 && w.live[id] == nil {
 			w.fail("the supervisor has forgotten session %d", id)
 		}
 	}
@@ -116,7 +119,6 @@ func (w *world) newWorker() {
 	w.players[w.nextW] = &player{id: w.nextW, alive: true, have: map[uint64]*copyOf{}, batches: map[string]*batch{},
 		tombs: map[uint64]wire.Held{}, world: w}
 	w.nodes[w.nextW] = &Worker{ID: w.nextW}
-	w.m.AddWorker(w.nodes[w.nextW])
 	w.note("worker %d", w.nextW)
 }
 
@@ -125,7 +127,8 @@ func (w *world) admit() {
 	id := w.nextID
 	w.clients[id], w.rows[id] = &client{open: true}, &row{}
 	w.cargo[id] = 0
-	w.m.Admit(&Session{ID: id})
+	w.live[id] = &Session{ID: id}
+	w.m.Admit(w.live[id])
 	w.note("session %d", id)
 	w.run()
 }
@@ -230,6 +233,7 @@ func (w *world) do(e Effect) {
 		w.clients[id].ended++
 		delete(w.rows, id)
 		delete(w.cargo, id)
+		delete(w.live, id)
 	case Moved, Returned, KeepGroup, GroupDone:
 	}
 }
@@ -243,14 +247,14 @@ func (w *world) crash() {
 	for _, p := range w.players {
 		p.pending = nil
 	}
-	w.m = New(w.inc)
+	w.live = map[uint64]*Session{}
+	w.m = New(w.inc, w.find)
 	w.recovering = true
 	w.nodes = map[uint64]*Worker{}
 	for _, pid := range sortedKeys(w.players) {
 		p := w.players[pid]
 		n := &Worker{ID: pid, Awaited: true}
 		w.nodes[pid] = n
-		w.m.AddWorker(n)
 		if p.detached {
 			n.Awaited = false
 			w.m.Cut(n, true)
@@ -262,6 +266,7 @@ func (w *world) crash() {
 		r := w.rows[id]
 		s := &Session{ID: id, Epoch: r.epoch}
 		owner := w.nodes[r.owner]
+		w.live[id] = s
 		w.m.Restore(s, owner, r.group)
 		switch {
 		case owner == nil && r.owner != 0:
@@ -298,13 +303,13 @@ func (w *world) fromWorker(p *player) {
 		if k.group == "" {
 			if verdict = w.m.Parked(n, k.ref); verdict == Fine {
 				w.cargo[k.ref.ID] = k.state
-				w.offer(w.m.Session(k.ref.ID))
+				w.offer(w.live[k.ref.ID])
 			}
 			break
 		}
 		before := map[uint64]bool{}
 		for _, r := range k.refs {
-			s := w.m.Session(r.ID)
+			s := w.live[r.ID]
 			before[r.ID] = s != nil && s.Try != nil && s.Try.Step == Freezing && s.Try.Epoch == r.Epoch
 		}
 		for i, r := range k.refs { // the driver's cargo, taken if the machine takes the message
@@ -427,16 +432,17 @@ func (w *world) died(p *player) {
 	delete(w.said, w.nodes[p.id])
 	w.m.Dead(w.nodes[p.id])
 	w.run()
-	if _, restarted := w.m.Workers()[p.id]; !restarted {
+	if n := w.nodes[p.id]; n.dead { // and no new supervisor has come meanwhile
 		delete(w.players, p.id)
 		delete(w.nodes, p.id)
 	}
 }
 
 func newWorld(t *rapid.T) *world {
-	w := &world{t: t, m: New(1), inc: 1, rows: map[uint64]*row{}, clients: map[uint64]*client{}, players: map[uint64]*player{},
+	w := &world{t: t, inc: 1, live: map[uint64]*Session{}, rows: map[uint64]*row{}, clients: map[uint64]*client{}, players: map[uint64]*player{},
 		nodes: map[uint64]*Worker{}, cargo: map[uint64]int{}, crashIn: -1, highest: map[uint64]wire.Epoch{},
 		frozen: map[uint64]wire.Epoch{}}
+	w.m = New(1, w.find)
 	w.newWorker()
 	w.newWorker()
 	return w

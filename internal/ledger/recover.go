@@ -39,7 +39,7 @@ func (m *Machine) Reconcile(said map[*Worker][]wire.Held) {
 func (m *Machine) undoSplit(workers []*Worker, held map[*Worker]map[uint64]wire.Held) {
 	for _, w := range workers {
 		for id, h := range held[w] {
-			s := m.sessions[id]
+			s := m.lookup(id)
 			if s == nil || s.Group == nil || s.Owner != w || h.Phase != wire.PhaseAdopted || h.Epoch != s.Epoch {
 				continue
 			}
@@ -76,7 +76,7 @@ func (m *Machine) reconcile(w *Worker, held map[uint64]wire.Held) {
 		if ended[id] {
 			continue // it said so after its inventory
 		}
-		s := m.sessions[id]
+		s := m.lookup(id)
 		mine := s != nil && s.Owner == w
 		ref, try := wire.Ref{ID: id, Epoch: h.Epoch}, wire.Ref{ID: id, Epoch: h.Attempt}
 		say := func(k Kind, r wire.Ref) {
@@ -132,8 +132,8 @@ func (m *Machine) reconcile(w *Worker, held map[uint64]wire.Held) {
 func (m *Machine) sendAll(k Kind, w *Worker, groups map[GroupKey][]wire.Ref) {
 	for key, refs := range groups {
 		for i, r := range refs {
-			w.goOn(m.sessions[r.ID])
-			m.emit(Effect{Kind: k, Worker: w, Session: m.sessions[r.ID], Ref: r, Group: m.groups[key], Last: i == len(refs)-1})
+			w.goOn(m.lookup(r.ID))
+			m.emit(Effect{Kind: k, Worker: w, Session: m.lookup(r.ID), Ref: r, Group: m.groups[key], Last: i == len(refs)-1})
 		}
 	}
 }

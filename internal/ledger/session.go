@@ -171,5 +171,8 @@ type GroupMove struct {
 	Blob     []byte // nil: none came
 	Last     bool   // the owner said that no more members come
 	Offered  bool
-	Deadline time.Time // the driver's
+
+	// Of the driver.
+	Deadline time.Time
+	Dest     *Worker
 }
