@@ -34,11 +34,13 @@ var rules = []rule{
 	{path: "internal/wire", may: []string{"internal/fault", "internal/plaincbor", "internal/sys"}, why: "both sides of a control channel share it, so it knows neither"},
 	{path: "handoff", may: []string{"internal/fault", "internal/sys", "internal/wire", "ktls", "pidfd", "state"}, why: "workers embed it: it must not bring the supervisor along"},
 
+	{path: "internal/ownership", may: []string{"internal/wire"}, why: "it decides and does nothing: only then can it be run through every schedule",
+		not: []string{"net", "os", "syscall", "unsafe"}},
 	{path: "internal/keeper", may: []string{"internal/fault", "internal/sys"}, why: "the keeper outlives every fault of what is above it, which holds only as long as it knows nothing of that"},
 	{path: "internal/config", why: "reading a file must work without any of the machinery that the file configures"},
 	{path: "internal/admin", may: []string{"internal/sys"}, why: "clients of the admin API must not bring the supervisor along"},
 	{path: "internal/load", may: []string{"internal/sys"}, why: "the clients that check every byte must share no code with what they check"},
-	{path: "internal/supervise", may: append([]string{"internal/admin", "internal/config", "internal/fault", "internal/keeper", "internal/plaincbor", "internal/sys", "internal/wire"}, public...),
+	{path: "internal/supervise", may: append([]string{"internal/admin", "internal/config", "internal/fault", "internal/keeper", "internal/ownership", "internal/plaincbor", "internal/sys", "internal/wire"}, public...),
 		why: "only the command line, the demo and the end-to-end tests stand above the supervisor"},
 
 	{path: "examples", may: public, why: "an example shows what a stranger can write, and a stranger cannot import internal packages"},

@@ -28,8 +28,8 @@ func (s *Supervisor) admitSession(a *admission) {
 	}
 	slot := s.freeSlots[len(s.freeSlots)-1]
 	s.freeSlots = s.freeSlots[:len(s.freeSlots)-1]
-	ss := &session{id: s.led.nextID(), slot: slot, pool: p, accepted: s.now().UnixNano(), software: a.software}
-	ss.epoch = s.nextEpoch()
+	ss := &session{slot: slot, pool: p, accepted: s.now().UnixNano(), software: a.software}
+	ss.ID, ss.X = s.led.nextID(), ss
 	err := s.led.putFacts(slot, a.software, &a.facts)
 	if errors.Is(err, errTooLarge) {
 		err = s.keepBigFacts(ss, a)
@@ -52,13 +52,15 @@ func (s *Supervisor) admitSession(a *admission) {
 		s.freeSlots = append(s.freeSlots, slot)
 		return
 	}
-	s.led.put(slot, ss.slotEntry())
+	s.m.Admit(&ss.Session)
+	s.carryOut()
+	s.trim.Did(1)
 	s.led.count(cntAccepted, 1)
-	s.sessions[ss.id] = ss
-	s.log.Debug("session", "session", sid(ss.id), "peer", a.facts.Peer, "pool", p.name, "software", a.software, "reason", a.facts.Reason)
+	s.sessions[ss.ID] = ss
+	s.log.Debug("session", "session", sid(ss.ID), "peer", a.facts.Peer, "pool", p.name, "software", a.software, "reason", a.facts.Reason)
 	rec := a.record.Record
 	s.retain.put(keeper.Entry{Key: ss.key(), FDs: []int{a.fd}}, func(err error) {
-		if s.sessions[ss.id] != ss {
+		if s.sessions[ss.ID] != ss {
 			return
 		}
 		if err != nil {
@@ -90,15 +92,14 @@ func (s *Supervisor) keepBigFacts(ss *session, a *admission) error {
 // inspectLost looks whether a session of the software layer, whose worker died,
 // had ended already; if not, it is lost.
 func (s *Supervisor) inspectLost(ss *session) {
-	s.retain.inspect(ss.id, func(open bool) {
-		if s.sessions[ss.id] != ss {
+	s.retain.inspect(ss.ID, func(open bool) {
+		if s.sessions[ss.ID] != ss {
 			return
 		}
 		if open {
-			s.lose(ss, "its worker died, and its record state with it (software layer; the kernel layer survives this)")
+			s.m.SettledLost(&ss.Session, "its worker died, and its record state with it (software layer; the kernel layer survives this)")
 			return
 		}
-		s.led.count(cntClosedUnknown, 1)
-		s.end(ss)
+		s.m.SettledGone(&ss.Session)
 	})
 }

@@ -55,14 +55,14 @@ func (s *Supervisor) giveArena(w *worker, then func(size uint64)) {
 		then(0)
 		return
 	}
-	s.retain.put(keeper.Entry{Key: arenaKey(w.id), FDs: []int{fd}}, func(err error) {
+	s.retain.put(keeper.Entry{Key: arenaKey(w.ID), FDs: []int{fd}}, func(err error) {
 		if err != nil {
 			s.log.Error("a worker keeps no journals: the keeper cannot hold its arena", "pid", w.pid, "error", err)
 			then(0)
 			return
 		}
 		if w.state == workerDead {
-			s.retain.delete(arenaKey(w.id))
+			s.retain.delete(arenaKey(w.ID))
 			return
 		}
 		w.arena = true

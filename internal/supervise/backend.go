@@ -251,9 +251,7 @@ func (b *backend) Stop(ctx context.Context, grace time.Duration) error {
 	s.front.close()
 	s.call(func() {
 		for _, ss := range s.sessions { // of workers that did not stop by themselves
-			s.led.countClosed(wire.ReasonOperator)
-			s.retain.shutdown(ss.id)
-			s.end(ss)
+			s.m.Stop(&ss.Session)
 		}
 	})
 	s.retain.close()
@@ -295,7 +293,7 @@ func (s *Supervisor) status() *admin.Status {
 			ps.Operation = p.op.describe(s.now())
 		}
 		for _, w := range sortedWorkers(p.workers) {
-			ws := admin.WorkerStatus{PID: w.pid, Generation: w.gen, State: w.state.String(), Sessions: len(w.sessions)}
+			ws := admin.WorkerStatus{PID: w.pid, Generation: w.gen, State: w.state.String(), Sessions: len(w.Sessions)}
 			ws.Unhealthy, _ = w.unhealthy()
 			ws.CrashExact = w.arena
 			if w.quarantine {
@@ -313,7 +311,7 @@ func (s *Supervisor) status() *admin.Status {
 		} else {
 			st.Sessions.Kernel++
 		}
-		if ss.owner == nil {
+		if ss.owner() == nil {
 			st.Sessions.Parked++
 		}
 	}
@@ -328,20 +326,20 @@ func (s *Supervisor) listSessions() []admin.Session {
 		if err != nil {
 			f = &facts{}
 		}
-		as := admin.Session{ID: sid(ss.id), Peer: f.Peer, Pool: ss.pool.name, Phase: "owned", Layer: "kernel",
-			Version: tls.VersionName(f.Version), Suite: tls.CipherSuiteName(f.Suite), ServerName: f.SNI, ALPN: f.ALPN, Group: ss.group,
+		as := admin.Session{ID: sid(ss.ID), Peer: f.Peer, Pool: ss.pool.name, Phase: "owned", Layer: "kernel",
+			Version: tls.VersionName(f.Version), Suite: tls.CipherSuiteName(f.Suite), ServerName: f.SNI, ALPN: f.ALPN, Group: ss.groupName(),
 			AgeSeconds: now.Sub(time.Unix(0, ss.accepted)).Seconds(), Moves: ss.moves, Reason: f.Reason}
 		if ss.software {
 			as.Layer = "software"
 		}
 		switch {
-		case ss.owner == nil:
+		case ss.owner() == nil:
 			as.Phase = "parked"
-		case ss.attempt != nil:
+		case ss.Try != nil:
 			as.Phase = "moving"
 		}
-		if ss.owner != nil {
-			as.WorkerPID = ss.owner.pid
+		if ss.owner() != nil {
+			as.WorkerPID = ss.owner().pid
 		}
 		out = append(out, as)
 	}

@@ -71,8 +71,8 @@ func (s *Supervisor) beginCanary(op *operation) {
 func (s *Supervisor) stepCanary(op *operation) {
 	p, now := op.pool, s.now()
 	underway := 0
-	for a := range s.attempts {
-		if to := a.heading(); a.s.pool == p && a.from != nil && to != nil && to.gen == op.to {
+	for a := range s.m.Tries() {
+		if to := heading(a); sessionOf(a.Session).pool == p && a.From != nil && to != nil && to.gen == op.to {
 			underway++
 		}
 	}
@@ -129,7 +129,8 @@ func (s *Supervisor) someoneLater(op *operation, now time.Time) bool {
 		if w.gen != op.from || !w.usable() || w.quarantine {
 			continue
 		}
-		for _, ss := range w.sessions {
+		for _, ls := range w.Sessions {
+			ss := sessionOf(ls)
 			if now.Before(ss.retryAt) {
 				return true
 			}
@@ -209,7 +210,7 @@ func (s *Supervisor) failing(op *operation, over bool) error {
 func (p *pool) held(gen uint32) (n int) {
 	for _, w := range p.workers {
 		if w.gen == gen {
-			n += len(w.sessions)
+			n += len(w.Sessions)
 		}
 	}
 	return n

@@ -25,7 +25,7 @@ func (u *unit) awaitPhase(ph opPhase) {
 // dead waits until a worker's process is seen dead by the supervisor.
 func (u *unit) dead(f *fake) {
 	u.t.Helper()
-	u.until(func() bool { return u.s.workers[f.w.id] == nil })
+	u.until(func() bool { return u.s.workers[f.w.ID] == nil })
 }
 
 const long = time.Hour
@@ -117,7 +117,7 @@ func TestCanaryThatFailsGoesBack(t *testing.T) {
 			if name == "turns sessions down" {
 				c.gone = -2 // those are new
 			}
-			u.until(func() bool { return len(old.w.sessions) == 10-c.gone })
+			u.until(func() bool { return len(old.w.Sessions) == 10-c.gone })
 		})
 	}
 }
@@ -205,8 +205,9 @@ func TestCanaryMovesGroupsWhole(t *testing.T) {
 	young.play()
 	u.awaitPhase(opSoaking)
 	u.s.call(func() {
-		for _, ss := range young.w.sessions {
-			if ss.group != "" {
+		for _, ls := range young.w.Sessions {
+			ss := sessionOf(ls)
+			if ss.groupName() != "" {
 				t.Error("the room is split")
 			}
 		}
@@ -330,8 +331,8 @@ func TestSupervisorDiesOverAnUpgrade(t *testing.T) {
 		u.s.call(func() {
 			u.s.savePools()
 			for _, ss := range u.s.sessions {
-				h := wire.Held{Ref: wire.Ref{ID: ss.id, Epoch: ss.epoch}, Phase: wire.PhaseActive}
-				if ss.owner == old.w {
+				h := wire.Held{Ref: wire.Ref{ID: ss.ID, Epoch: ss.Epoch}, Phase: wire.PhaseActive}
+				if ss.owner() == old.w {
 					oh = append(oh, h)
 				} else {
 					yh = append(yh, h)
@@ -346,7 +347,7 @@ func TestSupervisorDiesOverAnUpgrade(t *testing.T) {
 		u, old, young := begin(t, upgradeOptions{canary: 50, soak: long}, opSoaking)
 		u.crash()
 		u.recovered()
-		u.until(func() bool { return len(u.workerOf(old).sessions) == 4 && u.workerOf(young).state == workerStopping })
+		u.until(func() bool { return len(u.workerOf(old).Sessions) == 4 && u.workerOf(young).state == workerStopping })
 	})
 	t.Run("probation", func(t *testing.T) {
 		u, _, young := begin(t, upgradeOptions{probation: long}, opProbation)

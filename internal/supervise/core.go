@@ -19,6 +19,7 @@ import (
 
 	"github.com/ktlsvisor/ktlsvisor/internal/admin"
 	"github.com/ktlsvisor/ktlsvisor/internal/config"
+	"github.com/ktlsvisor/ktlsvisor/internal/ownership"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
@@ -48,27 +49,28 @@ type Supervisor struct {
 	led          *ledger
 	incarnation  uint32
 	generation   uint32
-	epochs       uint32
 	lastWorker   uint64
 	sessions     map[uint64]*session
 	freeSlots    []int
 	workers      map[uint64]*worker
 	pools        map[string]*pool
-	groups       map[groupKey]*group
-	attempts     map[*attempt]struct{}
-	owing        map[uint64]*session // that owe their peer a KeyUpdate
-	keyOps       int                 // goroutines that read or set keys
-	groupMoves   map[*groupMove]struct{}
 	estates      map[uint64]*estate // of dead workers
-	pings        uint32             // sent so far
-	ranFor       runTime            // for heartbeats
+	m            *ownership.Machine
+	carrying     bool                              // see carryOut
+	mailed       []*worker                         // they have mail
+	awake        []ownership.GroupKey              // whose waiters may ask again
+	waiters      map[ownership.GroupKey][]*session // asked to join while a group was under way
+	owing        map[uint64]*session               // that owe their peer a KeyUpdate
+	keyOps       int                               // goroutines that read or set keys
+	pings        uint32                            // sent so far
+	ranFor       runTime                           // for heartbeats
+	trim         sys.Trim                          // memory, after handshakes and moves
+	trimAt       time.Time                         // next look
+	quiescing    bool                              // a successor is about to start: begin nothing new
+	holding      bool                              // nothing is under way, and nothing begins
+	hold         func()                            // called once, when nothing works on a socket; see holdLedger
+	replaced     bool                              // a successor leads: nothing more is done here
 	pace         pace
-	trim         sys.Trim  // memory, after handshakes and moves
-	trimAt       time.Time // next look
-	quiescing    bool      // a successor is about to start: begin nothing new
-	holding      bool      // nothing is under way, and nothing begins
-	hold         func()    // called once, when nothing works on a socket; see holdLedger
-	replaced     bool      // a successor leads: nothing more is done here
 	stopping     bool
 	idle         []func() // called when nothing is under way
 	unanswered   []func() // questions that came while quiescing
@@ -100,7 +102,7 @@ func (s *Supervisor) post(f func()) {
 // the supervisor is no longer in charge.
 func (s *Supervisor) call(f func()) bool {
 	ran := make(chan struct{})
-	s.post(func() { f(); close(ran) })
+	s.post(func() { f(); s.carryOut(); close(ran) })
 	select {
 	case <-ran:
 		return true
@@ -118,21 +120,26 @@ func (s *Supervisor) run() {
 	defer close(s.done)
 	t := time.NewTicker(tick)
 	defer t.Stop()
+	s.carryOut() // what was found when the ledger was taken over
 	for {
 		select {
 		case f := <-s.events:
 			f()
+			s.carryOut()
 			// Take what has come meanwhile before looking at what to do next, so that
 			// orders go out in batches.
 			for n := len(s.events); n > 0; n-- {
 				(<-s.events)()
+				s.carryOut()
 			}
 		case <-t.C:
 			s.onTick(s.now())
+			s.carryOut()
 		case <-s.stop:
 			return
 		}
 		s.pump()
+		s.carryOut()
 		if f := s.hold; f != nil && s.keyOps == 0 {
 			s.hold = nil
 			f()
@@ -184,7 +191,7 @@ func (s *Supervisor) goOn() {
 
 // isIdle says whether nothing is under way that a successor could not see.
 func (s *Supervisor) isIdle() bool {
-	if len(s.attempts) > 0 || len(s.groupMoves) > 0 {
+	if !s.m.Idle() {
 		return false
 	}
 	for _, p := range s.pools {
@@ -212,13 +219,13 @@ func (s *Supervisor) onTick(now time.Time) {
 	}
 	s.beat(now)
 	s.watchWards(now)
-	for a := range s.attempts {
-		if now.After(a.deadline) {
+	for a := range s.m.Tries() {
+		if now.After(a.Deadline) {
 			s.attemptTimedOut(a)
 		}
 	}
-	for gm := range s.groupMoves {
-		if now.After(gm.deadline) {
+	for gm := range s.m.Moves() {
+		if now.After(gm.Deadline) {
 			s.abortGroup(gm, "no safe point within the time limit")
 		}
 	}
@@ -290,7 +297,7 @@ func (s *Supervisor) onMessage(w *worker, ch *wire.Channel, m *wire.Message) {
 func (s *Supervisor) onClosed(w *worker, m *wire.Message) error {
 	refs := make([]wire.Ref, 0, len(m.Closed))
 	for _, c := range m.Closed { // all of the message or nothing
-		if ss := s.sessions[c.ID]; ss != nil && (ss.owner != w || ss.epoch != c.Epoch) {
+		if ss := s.sessions[c.ID]; ss != nil && (ss.owner() != w || ss.Epoch != c.Epoch) {
 			return fmt.Errorf("%w: it says that session %s ended, which it does not own", wire.ErrProtocol, sid(c.ID))
 		}
 	}
@@ -300,7 +307,6 @@ func (s *Supervisor) onClosed(w *worker, m *wire.Message) error {
 		if ss == nil {
 			continue // told again after a restart of ours
 		}
-		s.led.countClosed(c.Reason)
 		s.logEnd(ss, w, c)
 		if op := ss.pool.op; op != nil {
 			op.ended(ss, w, c.Reason)
@@ -308,8 +314,9 @@ func (s *Supervisor) onClosed(w *worker, m *wire.Message) error {
 		if c.Reason == wire.ReasonOperator || c.Reason == wire.ReasonLayer || c.Reason == wire.ReasonHandler {
 			s.retain.shutdown(c.ID) // in case it did not get so far itself
 		}
-		s.end(ss)
+		s.m.Closed(&w.Worker, c.Ref, c.Reason)
 	}
+	s.carryOut() // recorded before it is acknowledged
 	s.sendRefs(w, wire.TypeClosedAck, refs)
 	return nil
 }
@@ -328,15 +335,15 @@ func (s *Supervisor) logEnd(ss *session, w *worker, c wire.Closed) {
 	if f, err := s.led.facts(ss.slot); err == nil {
 		peer = f.Peer
 	}
-	s.log.Log(level, "session ended", "session", sid(ss.id), "peer", peer, "pool", w.pool.name, "pid", w.pid,
+	s.log.Log(level, "session ended", "session", sid(ss.ID), "peer", peer, "pool", w.pool.name, "pid", w.pid,
 		"reason", c.Reason, "detail", printable([]byte(c.Text)))
 }
 
 // socketMissing is told that the keeper could not give the socket of an attempt's
 // session.
 func (s *Supervisor) socketMissing(w *worker, ref wire.Ref) {
-	if ss := s.sessions[ref.ID]; ss != nil && ss.attempt != nil && ss.attempt.epoch == ref.Epoch && ss.attempt.to == w {
-		s.refuse(ss.attempt, "its socket could not be fetched from the keeper")
+	if ss := s.sessions[ref.ID]; ss != nil && ss.Try != nil && ss.Try.Epoch == ref.Epoch && ss.Try.To == &w.Worker {
+		s.refuse(ss.Try, "its socket could not be fetched from the keeper")
 	}
 }
 
@@ -345,6 +352,6 @@ func sortedWorkers(m map[uint64]*worker) []*worker {
 	for _, w := range m {
 		out = append(out, w)
 	}
-	sort.Slice(out, func(i, j int) bool { return out[i].id < out[j].id })
+	sort.Slice(out, func(i, j int) bool { return out[i].ID < out[j].ID })
 	return out
 }

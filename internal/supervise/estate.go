@@ -85,7 +85,7 @@ type heir struct {
 func (s *Supervisor) settleEstate(e *estate) {
 	heirs := make([]heir, 0, len(e.waiting))
 	for _, ss := range e.waiting {
-		if s.sessions[ss.id] == ss && ss.estate == e {
+		if s.sessions[ss.ID] == ss && ss.estate == e {
 			heirs = append(heirs, s.heir(ss))
 		}
 	}
@@ -111,7 +111,7 @@ func (s *Supervisor) settleEstate(e *estate) {
 
 // heir says what is to be known of a session.
 func (s *Supervisor) heir(ss *session) heir {
-	h := heir{ss: ss, key: ktls.JournalKey{ID: ss.id, Epoch: uint64(ss.epoch)}}
+	h := heir{ss: ss, key: ktls.JournalKey{ID: ss.ID, Epoch: uint64(ss.Epoch)}}
 	if ss.software {
 		h.facts = ss.facts(s.led)
 		return h
@@ -135,7 +135,7 @@ func (s *Supervisor) recoverBatch(e *estate, batch []heir) {
 	var ids []uint64
 	for i := range batch {
 		if batch[i].ss.software {
-			ids = append(ids, batch[i].ss.id)
+			ids = append(ids, batch[i].ss.ID)
 		}
 	}
 	if err == nil && len(ids) > 0 {
@@ -153,7 +153,7 @@ func (s *Supervisor) recoverBatch(e *estate, batch []heir) {
 		h := &batch[i]
 		record := h.base
 		if h.ss.software {
-			fd, ok := socks[h.ss.id]
+			fd, ok := socks[h.ss.ID]
 			switch {
 			case err != nil:
 				h.err = err
@@ -213,7 +213,7 @@ func (s *Supervisor) inherited(e *estate, batch []heir) {
 	for i := range batch {
 		h := &batch[i]
 		ss := h.ss
-		if s.sessions[ss.id] != ss || ss.estate != e {
+		if s.sessions[ss.ID] != ss || ss.estate != e {
 			h.wipe()
 			continue // it ended meanwhile
 		}
@@ -221,14 +221,13 @@ func (s *Supervisor) inherited(e *estate, batch []heir) {
 		case h.err == nil:
 			s.parkHeir(h)
 		case !ss.software:
-			s.lose(ss, h.err.Error())
+			s.m.SettledLost(&ss.Session, h.err.Error())
 		case errors.Is(h.err, ktls.ErrConnectionGone):
-			s.led.count(cntClosedUnknown, 1)
-			s.end(ss)
+			s.m.SettledGone(&ss.Session)
 		case errors.Is(h.err, ktls.ErrNoJournal), errors.Is(h.err, errNoArena):
 			s.inspectLost(ss)
 		default:
-			s.lose(ss, "its worker died, and how far it came is in doubt: "+h.err.Error())
+			s.m.SettledLost(&ss.Session, "its worker died, and how far it came is in doubt: "+h.err.Error())
 		}
 	}
 }
@@ -239,13 +238,13 @@ func (s *Supervisor) parkHeir(h *heir) {
 	ss, cargo, flags := h.ss, wire.Cargo{Record: h.base}, wire.FlagRestored|wire.FlagInterrupted
 	if h.rec != nil {
 		cargo.Record = h.rec.Record
-		s.log.Debug("session goes on from its journal", "session", sid(ss.id), "unsent", h.rec.Unsent, "unread", h.rec.Unread)
+		s.log.Debug("session goes on from its journal", "session", sid(ss.ID), "unsent", h.rec.Unsent, "unread", h.rec.Unread)
 	}
 	switch c := h.com; {
 	case h.comErr != nil:
-		s.log.Error("what a dead worker had committed of a session cannot be told; it goes on as interrupted", "session", sid(ss.id), "error", h.comErr)
+		s.log.Error("what a dead worker had committed of a session cannot be told; it goes on as interrupted", "session", sid(ss.ID), "error", h.comErr)
 	case c != nil:
-		s.log.Debug("session goes on from its last commit", "session", sid(ss.id), "exact", c.Exact, "again", c.Again, "unsent", c.Unsent)
+		s.log.Debug("session goes on from its last commit", "session", sid(ss.ID), "exact", c.Exact, "again", c.Again, "unsent", c.Unsent)
 		if h.rec != nil && &c.Record[0] != &h.rec.Record[0] {
 			wipe(h.rec.Record)
 		}
@@ -262,10 +261,9 @@ func (s *Supervisor) parkHeir(h *heir) {
 	}
 	s.park(ss, cargo, flags)
 	if h.com == nil && !ss.software {
-		// The ledger has all there is.
-		s.settled(ss)
-		s.led.put(ss.slot, ss.slotEntry())
+		s.settled(ss) // the ledger has all there is
 	}
+	s.m.SettledHeld(&ss.Session)
 }
 
 func (h *heir) wipe() {
@@ -301,7 +299,7 @@ func (s *Supervisor) closeEstate(e *estate) {
 
 // dropArena forgets the arena of a dead worker that left no session of the software layer.
 func (s *Supervisor) dropArena(w *worker) {
-	if w.arena && s.estates[w.id] == nil {
-		s.retain.delete(arenaKey(w.id))
+	if w.arena && s.estates[w.ID] == nil {
+		s.retain.delete(arenaKey(w.ID))
 	}
 }

@@ -4,75 +4,16 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/ownership"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
 
-// group is a set of sessions that share application state. They live in one
-// worker and move as a unit.
-type group struct {
-	key     groupKey
-	home    *worker // nil while its members wait for a worker
-	members map[uint64]*session
-	move    *groupMove
-	waiters []*session // asked to join while the group was under way
-}
+// A group is a set of sessions that share application state. They live in one worker
+// and move as a unit; internal/ownership sees to that. Here is who may join, and when
+// and where to a group goes.
 
-type groupKey struct {
-	pool *pool
-	name string
-}
-
-// groupMove is an attempt to move a whole group: all of its members, or none.
-type groupMove struct {
-	g         *group
-	from, to  *worker
-	dest      *worker // wanted target; nil: least loaded
-	members   map[uint64]*attempt
-	blob      []byte
-	hasBlob   bool
-	last      bool // the old worker said that no more members come
-	allParked bool
-	deadline  time.Time
-}
-
-func (s *Supervisor) groupOf(ss *session) *group {
-	if ss.group == "" {
-		return nil
-	}
-	return s.groups[groupKey{ss.pool, ss.group}]
-}
-
-// joinGroup enters a session, whose group field is set, into its group.
-func (s *Supervisor) joinGroup(ss *session) {
-	k := groupKey{ss.pool, ss.group}
-	g := s.groups[k]
-	if g == nil {
-		g = &group{key: k, home: ss.owner, members: map[uint64]*session{}}
-		s.groups[k] = g
-	}
-	g.members[ss.id] = ss
-	if g.home == nil {
-		g.home = ss.owner
-	}
-}
-
-func (s *Supervisor) leaveGroup(ss *session) {
-	g := s.groupOf(ss)
-	ss.group = ""
-	if g == nil {
-		return
-	}
-	delete(g.members, ss.id)
-	s.dropGroupIfEmpty(g)
-}
-
-// dropGroupIfEmpty forgets a group without members; who waits to join makes a new
-// one.
-func (s *Supervisor) dropGroupIfEmpty(g *group) {
-	if len(g.members) == 0 && g.move == nil && s.groups[g.key] == g {
-		delete(s.groups, g.key)
-		s.wakeWaiters(g)
-	}
+func (p *pool) groupKey(name string) ownership.GroupKey {
+	return ownership.GroupKey{Pool: p.name, Name: name}
 }
 
 // onGroup handles a wish to join or leave a group. A group lives where its first
@@ -80,17 +21,17 @@ func (s *Supervisor) dropGroupIfEmpty(g *group) {
 func (s *Supervisor) onGroup(w *worker, m *wire.Message) error {
 	ref := m.Refs[0]
 	ss := s.sessions[ref.ID]
-	if ss == nil || ss.owner != w {
+	if ss == nil || ss.Owner != &w.Worker {
 		return fmt.Errorf("%w: GROUP for session %s, which it does not own", wire.ErrProtocol, sid(ref.ID))
 	}
-	if ss.epoch != ref.Epoch || ss.attempt != nil {
+	if ss.Epoch != ref.Epoch || ss.Try != nil {
 		return nil // it is on its way elsewhere, and asks again there
 	}
 	if s.quiescing {
 		// A successor will be asked again, after its INVENTORY; if none comes about,
 		// this supervisor has to answer.
 		s.unanswered = append(s.unanswered, func() {
-			if s.sessions[ref.ID] == ss && ss.owner == w {
+			if s.sessions[ref.ID] == ss && ss.Owner == &w.Worker {
 				if err := s.onGroup(w, m); err != nil {
 					s.detach(w, err)
 				}
@@ -98,9 +39,8 @@ func (s *Supervisor) onGroup(w *worker, m *wire.Message) error {
 		})
 		return nil
 	}
-	if ss.group != m.Group {
-		s.leaveGroup(ss)
-		s.led.put(ss.slot, ss.slotEntry())
+	if ss.groupName() != m.Group {
+		s.m.Leave(&ss.Session)
 	}
 	if m.Group == "" {
 		s.grouped(ss, "", "")
@@ -111,53 +51,55 @@ func (s *Supervisor) onGroup(w *worker, m *wire.Message) error {
 }
 
 func (s *Supervisor) tryJoin(ss *session, name string) {
-	w := ss.owner
-	k := groupKey{ss.pool, name}
-	g := s.groups[k]
+	w, k := ss.owner(), ss.pool.groupKey(name)
+	g := s.m.Groups()[k]
+	var home *worker
+	if g != nil {
+		home = workerOf(g.Home)
+	}
 	switch {
-	case g == nil || g.home == w && g.move == nil:
-		ss.group, ss.joinFails = name, 0
-		s.joinGroup(ss)
-		s.led.put(ss.slot, ss.slotEntry())
+	case g == nil || home == w && g.Move == nil:
+		ss.joinFails = 0
+		if ss.Group == nil {
+			s.m.Join(&ss.Session, k)
+		}
+		s.carryOut() // it is a member before it is told so
 		s.grouped(ss, name, "")
-	case g.home != nil && g.home.state == workerDetached:
+	case home != nil && home.state == workerDetached:
 		s.grouped(ss, name, "the worker that has the group cannot be reached any more")
-	case g.move != nil || g.home == nil || g.home.state != workerReady:
+	case g.Move != nil || home == nil || home.state != workerReady:
 		ss.wants = name
-		g.waiters = append(g.waiters, ss)
+		s.waiters[k] = append(s.waiters[k], ss)
 	case ss.joinFails >= 3:
 		ss.joinFails = 0
 		s.grouped(ss, name, "the session could not be moved to the worker that has the group")
 	default:
-		s.freeze(w, []*session{ss}, g.home)
-		ss.attempt.joins = name
+		s.freezeOne(w, ss, home, &k)
 	}
 }
 
-// joinable says whether an attempt that brings a session to its group still goes
-// the right way.
-func (s *Supervisor) joinable(a *attempt, to *worker) bool {
-	if a.joins == "" {
+// joinable says whether an attempt that brings a session to the group it wants to join
+// still goes the right way.
+func (s *Supervisor) joinable(t *attempt, to *worker) bool {
+	if t.Joins == nil {
 		return true
 	}
-	g := s.groups[groupKey{a.s.pool, a.joins}]
-	return g == nil || g.home == to && g.move == nil && to.state == workerReady
+	return s.m.Groups()[*t.Joins] == nil || to.state == workerReady && s.m.Joinable(t, &to.Worker)
 }
 
 func (s *Supervisor) grouped(ss *session, name, refusal string) {
-	s.send(ss.owner, &wire.Message{Type: wire.TypeGrouped, Group: name, Text: wire.Clip(refusal),
-		Refs: []wire.Ref{{ID: ss.id, Epoch: ss.epoch}}})
+	s.send(ss.owner(), &wire.Message{Type: wire.TypeGrouped, Group: name, Text: wire.Clip(refusal),
+		Refs: []wire.Ref{{ID: ss.ID, Epoch: ss.Epoch}}})
 }
 
-// wakeWaiters asks again for those that wanted to join while a group moved.
-func (s *Supervisor) wakeWaiters(g *group) {
-	s.dropGroupIfEmpty(g)
-	list := g.waiters
-	g.waiters = nil
+// wakeWaiters asks again for those that wanted to join while a group was under way.
+func (s *Supervisor) wakeWaiters(k ownership.GroupKey) {
+	list := s.waiters[k]
+	delete(s.waiters, k)
 	for _, ss := range list {
 		name := ss.wants
 		ss.wants = ""
-		if s.sessions[ss.id] == ss && ss.owner != nil && ss.attempt == nil && name != "" {
+		if s.sessions[ss.ID] == ss && ss.Owner != nil && ss.Try == nil && name != "" {
 			s.tryJoin(ss, name)
 		}
 	}
@@ -165,191 +107,121 @@ func (s *Supervisor) wakeWaiters(g *group) {
 
 // freezeGroup begins to move a group away from its home; it returns the number of
 // sessions under way.
-func (s *Supervisor) freezeGroup(g *group) int {
-	from := g.home
-	if g.move != nil || from == nil || !from.usable() {
+func (s *Supervisor) freezeGroup(g *ownership.Group) int {
+	from := workerOf(g.Home)
+	if g.Move != nil || from == nil || !from.usable() {
 		return 0
 	}
 	now := s.now()
-	for _, ss := range g.members {
-		if ss.attempt != nil || ss.owner != from || now.Before(ss.retryAt) {
+	for _, ls := range g.Members {
+		if now.Before(sessionOf(ls).retryAt) {
 			return 0
 		}
 	}
-	gm := &groupMove{g: g, from: from, members: map[uint64]*attempt{}, deadline: now.Add(time.Duration(from.pool.cfg.FreezeTimeout))}
-	g.move = gm
-	s.groupMoves[gm] = struct{}{}
-	refs := make([]wire.Ref, 0, len(g.members))
-	for _, ss := range g.members {
-		a := &attempt{s: ss, from: from, step: stepFreezing, gm: gm, deadline: gm.deadline.Add(time.Hour)}
-		s.addAttempt(a)
-		gm.members[ss.id] = a
-		refs = append(refs, wire.Ref{ID: ss.id, Epoch: a.epoch})
+	gm := s.m.FreezeGroup(g)
+	if gm == nil {
+		return 0
 	}
-	s.sendGroup(from, wire.TypeFreeze, g.key.name, refs)
-	return len(refs)
+	gm.Deadline = now.Add(time.Duration(from.pool.cfg.FreezeTimeout))
+	for _, ls := range gm.Members {
+		ls.Try.Began = now
+	}
+	return len(gm.Members)
 }
 
-// sendGroup sends refs of one group; Last marks the end.
-func (s *Supervisor) sendGroup(w *worker, t wire.Type, name string, refs []wire.Ref) {
-	batches := wire.BatchRefs(refs)
-	for i, b := range batches {
-		s.send(w, &wire.Message{Type: t, Group: name, Refs: b, Last: i == len(batches)-1})
+// holdGroup offers a group that no worker has, as a unit like any other, with the
+// shared state that the last one left.
+func (s *Supervisor) holdGroup(g *ownership.Group) {
+	now := s.now()
+	for _, ls := range g.Members {
+		if ss := sessionOf(ls); ss.Owner == nil && !ss.Doubt && ss.pool.parked[ss.ID] == nil {
+			return // the keeper does not have it yet
+		}
+	}
+	gm := s.m.HoldGroup(g)
+	if gm == nil {
+		return
+	}
+	gm.Deadline = now.Add(adoptTimeout)
+	for id, ls := range gm.Members {
+		ls.Try.Began = now
+		delete(sessionOf(ls).pool.parked, id)
 	}
 }
 
 func (s *Supervisor) onGroupParked(w *worker, m *wire.Message) error {
-	g := s.groups[groupKey{w.pool, m.Group}]
-	var gm *groupMove
-	if g != nil {
-		gm = g.move
+	refs := make([]wire.Ref, 0, len(m.Items))
+	for i := range m.Items {
+		it := &m.Items[i]
+		ss := s.sessions[it.ID]
+		if ss == nil || ss.Owner != &w.Worker {
+			return fmt.Errorf("%w: PARKED for session %s, which it does not own", wire.ErrProtocol, sid(it.ID))
+		}
+		if t := ss.Try; t != nil && t.Epoch == it.Epoch && t.Step == ownership.Freezing {
+			if err := s.parkedKeys(ss); err != nil {
+				return err
+			}
+		}
+		refs = append(refs, it.Ref)
+	}
+	var blob []byte
+	for i := range m.Blobs {
+		if m.Blobs[i].Group == m.Group {
+			blob = m.Blobs[i].Data
+			if blob == nil {
+				blob = []byte{}
+			}
+		}
+	}
+	if s.m.GroupParked(&w.Worker, w.pool.groupKey(m.Group), refs, blob, m.Last) != ownership.Fine {
+		return nil // of an attempt that was given up
 	}
 	for i := range m.Items {
 		it := &m.Items[i]
 		ss := s.sessions[it.ID]
-		if ss == nil || ss.owner != w {
-			return fmt.Errorf("%w: PARKED for session %s, which it does not own", wire.ErrProtocol, sid(it.ID))
-		}
-		a := ss.attempt
-		if gm == nil || gm.from != w || a == nil || a.gm != gm || a.epoch != it.Epoch || a.step != stepFreezing {
-			return nil // of an attempt that was given up
-		}
-		if err := s.parkedKeys(ss); err != nil {
-			return err
-		}
+		ss.cargo = wire.Cargo{Record: it.Cargo.Record, App: it.Cargo.App}
+		ss.flags = wire.FlagRestored | it.Flags&wire.FlagResting
 	}
-	if gm == nil || gm.from != w {
-		return nil
-	}
-	for i := range m.Items {
-		it := &m.Items[i]
-		a := s.sessions[it.ID].attempt
-		a.cargo = wire.Cargo{Record: it.Cargo.Record, App: it.Cargo.App}
-		a.flags, a.step = wire.FlagRestored, stepParked
-	}
-	for i := range m.Blobs {
-		if m.Blobs[i].Group == m.Group {
-			gm.blob, gm.hasBlob = m.Blobs[i].Data, true
-		}
-	}
-	gm.last = gm.last || m.Last
-	s.groupProgress(gm)
 	return nil
 }
 
-// groupProgress takes a group's move to its next step when all members are there.
-func (s *Supervisor) groupProgress(gm *groupMove) {
-	if _, ok := s.groupMoves[gm]; !ok {
+// offerGroup gives a group whose members are all parked to a worker.
+func (s *Supervisor) offerGroup(gm *ownership.GroupMove) {
+	if !s.m.Ready(gm) {
 		return
 	}
-	if len(gm.members) == 0 { // all ended meanwhile
-		s.endGroupMove(gm)
-		return
-	}
-	if !gm.allParked {
-		for _, a := range gm.members {
-			if a.step != stepParked {
-				return
-			}
-		}
-		if gm.last {
-			s.offerGroup(gm)
-		}
-		return
-	}
-	for _, a := range gm.members {
-		if !a.adopted {
-			return
-		}
-	}
-	s.commitGroup(gm)
-}
-
-func (s *Supervisor) offerGroup(gm *groupMove) {
-	to := gm.target()
-	if to == nil || to == gm.from {
+	to := s.groupTarget(gm)
+	if to == nil || !s.m.OfferGroup(gm, &to.Worker) {
 		s.abortGroup(gm, "no worker can take the group")
 		return
 	}
-	gm.to, gm.allParked, gm.deadline = to, true, s.now().Add(adoptTimeout)
-	items := make([]wire.Item, 0, len(gm.members))
-	for _, a := range gm.members {
-		a.to, a.step = to, stepAdopting
-		to.incoming++
-		items = append(items, s.item(a))
-	}
-	batches := wire.BatchItems(items)
-	for i, b := range batches {
-		m := &wire.Message{Type: wire.TypeAdopt, Group: gm.g.key.name, Items: b, Last: i == len(batches)-1}
-		if m.Last && gm.hasBlob {
-			m.Blobs = []wire.Blob{{Group: gm.g.key.name, Data: gm.blob}}
-		}
-		s.send(to, m)
-	}
+	gm.Deadline = s.now().Add(adoptTimeout)
 }
 
-// commitGroup records every member before any RESUME is sent: a successor that
-// finds one member uncommitted knows that none has been resumed.
-func (s *Supervisor) commitGroup(gm *groupMove) {
-	refs := make([]wire.Ref, 0, len(gm.members))
-	for _, a := range gm.members {
-		refs = append(refs, wire.Ref{ID: a.s.id, Epoch: a.epoch})
-		a.gm = nil
-		s.commit(a)
+// groupTarget is the worker that a group goes to.
+func (s *Supervisor) groupTarget(gm *ownership.GroupMove) *worker {
+	for _, ls := range gm.Members { // what one was refused by, all were
+		ss := sessionOf(ls)
+		if w := workerOf(gm.Dest); w != nil && ss.pool.takes(w, w.gen) {
+			return w
+		}
+		return ss.pool.targetFor(ss)
 	}
-	clear(gm.members)
-	gm.g.home = gm.to
-	s.sendGroup(gm.to, wire.TypeResume, gm.g.key.name, refs)
-	if gm.from != nil {
-		s.sendRefs(gm.from, wire.TypeRelease, refs)
-	}
-	s.endGroupMove(gm)
+	return nil
 }
 
 // abortGroup gives the move of a group up: all members go on where they were. If
 // that worker is dead, those it parked go on from their parked state elsewhere.
-func (s *Supervisor) abortGroup(gm *groupMove, why string) {
-	if _, ok := s.groupMoves[gm]; !ok {
-		return
-	}
-	s.log.Warn("group stays", "group", gm.g.key.name, "pool", gm.g.key.pool.name, "sessions", len(gm.members), "why", why)
-	if op := gm.g.key.pool.op; op != nil {
-		op.reason(why)
-	}
-	members := make([]*attempt, 0, len(gm.members))
-	refs := make([]wire.Ref, 0, len(gm.members))
-	for _, a := range gm.members {
-		members = append(members, a)
-		refs = append(refs, wire.Ref{ID: a.s.id, Epoch: a.epoch})
-	}
-	clear(gm.members)
-	retry := s.now().Add(retryAfter)
-	for _, a := range members {
-		gm.g.key.pool.stayed(a, why, s.now())
-		a.gm = nil
-		a.s.retryAt = retry
-		s.dropAttempt(a)
-		// One that cannot be thawed any more goes on from its parked state.
-		if o := a.s.owner; a.step != stepFreezing && (o == nil || o.state == workerDead || o.ch == nil) {
-			if o != nil {
-				delete(o.sessions, a.s.id)
-				a.s.owner, a.s.flags = nil, a.flags
-				s.putParked(a.s, a.cargo.Record)
-			}
-			s.park(a.s, a.cargo, a.flags)
+func (s *Supervisor) abortGroup(gm *ownership.GroupMove, why string) {
+	s.log.Warn("group stays", "group", gm.Group.Key.Name, "pool", gm.Group.Key.Pool, "sessions", len(gm.Members), "why", why)
+	first := true
+	for _, ls := range gm.Members {
+		ss := sessionOf(ls)
+		if op := ss.pool.op; first && op != nil { // one word is enough
+			op.reason(why)
 		}
+		first = false
+		s.noteRefusal(ls.Try, why)
 	}
-	if gm.to != nil {
-		s.sendRefs(gm.to, wire.TypeAbort, refs)
-	}
-	if gm.from != nil && gm.from.state != workerDead {
-		s.sendGroup(gm.from, wire.TypeThaw, gm.g.key.name, refs)
-	}
-	s.endGroupMove(gm)
-}
-
-func (s *Supervisor) endGroupMove(gm *groupMove) {
-	delete(s.groupMoves, gm)
-	gm.g.move = nil
-	s.wakeWaiters(gm.g)
+	s.m.UndoGroup(gm)
 }

@@ -55,7 +55,7 @@ func TestGroupMovesAsOne(t *testing.T) {
 	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: fr.Refs[:2]})
 	u.silent(young)
 	for _, m := range ms {
-		if owner, _ := u.owner(m.ID); owner != old.w.id {
+		if owner, _ := u.owner(m.ID); owner != old.w.ID {
 			t.Fatal("a member was committed before the others were adopted")
 		}
 	}
@@ -65,7 +65,7 @@ func TestGroupMovesAsOne(t *testing.T) {
 	}
 	old.expect(wire.TypeRelease)
 	for _, m := range ms {
-		if owner, _ := u.owner(m.ID); owner != young.w.id {
+		if owner, _ := u.owner(m.ID); owner != young.w.ID {
 			t.Error("a member stayed behind")
 		}
 	}
@@ -85,7 +85,7 @@ func TestGroupIsRefusedAsOne(t *testing.T) {
 		t.Fatalf("THAW %+v", m)
 	}
 	for _, m := range ms {
-		if owner, e := u.owner(m.ID); owner != old.w.id || e.Epoch != m.Epoch {
+		if owner, e := u.owner(m.ID); owner != old.w.ID || e.Epoch != m.Epoch {
 			t.Errorf("the ledger says %+v", e)
 		}
 	}
@@ -129,11 +129,11 @@ func TestJoinElsewhereMovesTheSession(t *testing.T) {
 	home.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(it.Ref)})
 	home.expect(wire.TypeResume)
 	away.expect(wire.TypeRelease)
-	if _, e := u.owner(ref.ID); e.Group != "room" || e.Owner != home.w.id {
+	if _, e := u.owner(ref.ID); e.Group != "room" || e.Owner != home.w.ID {
 		t.Errorf("the ledger says %+v", e)
 	}
 	u.s.call(func() {
-		if n := len(u.s.groups[groupKey{u.pool, "room"}].members); n != 2 {
+		if n := len(u.s.m.Groups()[u.pool.groupKey("room")].Members); n != 2 {
 			t.Errorf("%d members, want 2", n)
 		}
 	})
@@ -160,7 +160,7 @@ func TestGroupsOwnerDies(t *testing.T) {
 	old.send(parkGroup("room", fr.Refs, true))
 	young.expect(wire.TypeAdopt)
 	old.kill()
-	u.until(func() bool { return u.s.workers[old.w.id] == nil })
+	u.until(func() bool { return u.s.workers[old.w.ID] == nil })
 	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: fr.Refs})
 	young.expect(wire.TypeResume)
 	if c := u.counters(); c.lost+c.interrupted != 0 {

@@ -167,7 +167,8 @@ func newUnit(t *testing.T) *unit {
 func (u *unit) start(led *ledger, incarnation uint32) {
 	log := hclog.New(&hclog.LoggerOptions{Level: hclog.Debug, Output: &testLog{u.t}})
 	s := newSupervisor(context.Background(), log, u.store)
-	s.led, s.incarnation, s.generation = led, incarnation, incarnation
+	s.led, s.generation = led, incarnation
+	s.leads(incarnation)
 	s.retain = newRetainer(u.store, s.post)
 	pc := config.NewPool()
 	pc.Name, pc.Command, pc.Workers = "p", []string{"/nonexistent"}, 0
@@ -227,12 +228,12 @@ func (u *unit) worker(gen uint32) *fake {
 	f := &fake{t: u.t, ch: ch, cmd: cmd}
 	u.s.call(func() {
 		u.s.lastWorker++
-		f.w = &worker{id: u.s.lastWorker, pid: cmd.Process.Pid, gen: gen, pool: u.pool, proc: proc,
-			state: workerReady, rekeys: true, sessions: map[uint64]*session{}}
+		f.w = &worker{pid: cmd.Process.Pid, gen: gen, pool: u.pool, proc: proc, state: workerReady, rekeys: true}
+		f.w.ID, f.w.X = u.s.lastWorker, f.w
 		if err := u.s.listen(f.w, a); err != nil {
 			u.t.Error(err)
 		}
-		u.s.workers[f.w.id], u.pool.workers[f.w.id] = f.w, f.w
+		u.s.workers[f.w.ID], u.pool.workers[f.w.ID] = f.w, f.w
 		if err := u.s.keepChannel(f.w); err != nil {
 			u.t.Error(err)
 		}

@@ -39,6 +39,7 @@ type heartbeat struct {
 	open   bool          // it is not answered
 	silent time.Duration // since that PING, or the last message after it
 	age    time.Duration // since that PING
+	told   uint32        // orders to go on that it was sent before that PING
 	excess int           // PINGs minus PONGs
 	stale  int           // PONGs for earlier supervisors
 	sick   string        // what the worker says of its health; "": well
@@ -78,7 +79,7 @@ func (s *Supervisor) beat(now time.Time) {
 			if s.quiescing || s.stopping {
 				continue
 			}
-			if b.age >= time.Duration(cfg.Heartbeat) || b.sent == 0 || (w.incoming > 0 || w.watched()) && b.age >= offerPing {
+			if b.age >= time.Duration(cfg.Heartbeat) || b.sent == 0 || (w.Incoming > 0 || w.watched()) && b.age >= offerPing {
 				s.ping(w)
 			}
 			continue
@@ -99,6 +100,7 @@ func (s *Supervisor) ping(w *worker) {
 	b := &w.beat
 	b.sent, b.open, b.silent, b.age = uint64(wire.NewEpoch(s.incarnation, s.pings)), true, 0, 0
 	b.excess++
+	b.told = w.Told()
 	s.send(w, &wire.Message{Type: wire.TypePing, Nonce: b.sent})
 }
 
@@ -122,6 +124,7 @@ func (s *Supervisor) onPong(w *worker, m *wire.Message) error {
 		return nil // of one from before a stall
 	}
 	b.open = false
+	w.Sure(b.told)
 	if sick := printable([]byte(m.Text)); sick != b.sick {
 		b.sick = sick
 		if sick != "" {
@@ -148,18 +151,19 @@ func (w *worker) unhealthy() (why string, bad bool) {
 // offerOthers takes back what a worker that does not answer was offered.
 func (s *Supervisor) offerOthers(w *worker) {
 	const why = "the new worker does not answer"
-	s.log.Warn("a worker does not answer; it is offered nothing until it does", "pool", w.pool.name, "pid", w.pid, "sessions", len(w.sessions))
-	for gm := range s.groupMoves {
-		if gm.to == w {
+	s.log.Warn("a worker does not answer; it is offered nothing until it does", "pool", w.pool.name, "pid", w.pid, "sessions", len(w.Sessions))
+	for gm := range s.m.Moves() {
+		if gm.To == &w.Worker {
 			s.abortGroup(gm, why)
 		}
 	}
-	for a := range s.attempts {
-		if a.to != w || a.gm != nil || a.step != stepAdopting {
+	for a := range s.m.Tries() {
+		if a.To != &w.Worker || a.Move != nil {
 			continue
 		}
-		ss := a.s
+		ss := sessionOf(a.Session)
 		s.refuse(a, why)
+		s.carryOut()
 		// A worker that is silent has not refused anything: the count, at whose end a
 		// session is lost, is of workers that looked at it.
 		if ss.refusals > 0 {
@@ -174,7 +178,7 @@ func (s *Supervisor) hung(w *worker) {
 	limit := time.Duration(w.pool.cfg.HangTimeout)
 	s.led.count(cntHangs, 1)
 	s.log.Error("a worker does not answer: it is killed, and its sessions go on in others", "pool", w.pool.name, "pid", w.pid,
-		"generation", w.gen, "sessions", len(w.sessions), "hang_timeout", limit)
+		"generation", w.gen, "sessions", len(w.Sessions), "hang_timeout", limit)
 	w.beat.open, w.beatenDead = false, true
 	s.kill(w, "no answer within hang_timeout")
 	if w.gen == w.pool.serving && w.pool.op == nil {

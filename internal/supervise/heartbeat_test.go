@@ -236,7 +236,7 @@ func TestPongsWithoutPing(t *testing.T) {
 		u.until(func() bool { return f.w.state == workerDetached })
 		t.Log(name)
 		f.kill()
-		u.until(func() bool { return u.s.workers[f.w.id] == nil })
+		u.until(func() bool { return u.s.workers[f.w.ID] == nil })
 		u.s.call(func() {
 			for _, ss := range u.s.sessions {
 				u.s.lose(ss, "the test ends it")

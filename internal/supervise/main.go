@@ -19,6 +19,7 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/internal/admin"
 	"github.com/ktlsvisor/ktlsvisor/internal/config"
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
+	"github.com/ktlsvisor/ktlsvisor/internal/ownership"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
@@ -68,10 +69,22 @@ func newSupervisor(ctx context.Context, log hclog.Logger, k store) *Supervisor {
 	s := &Supervisor{log: log, keeper: k, now: time.Now,
 		events: make(chan func(), 4096), stop: make(chan struct{}), done: make(chan struct{}),
 		sessions: map[uint64]*session{}, workers: map[uint64]*worker{}, pools: map[string]*pool{},
-		groups: map[groupKey]*group{}, attempts: map[*attempt]struct{}{}, groupMoves: map[*groupMove]struct{}{},
-		owing: map[uint64]*session{}, keys: kernelKeys{}}
+		waiters: map[ownership.GroupKey][]*session{},
+		owing:   map[uint64]*session{}, keys: kernelKeys{}}
 	s.ctx, s.cancel = context.WithCancel(ctx)
+	s.leads(0)
 	return s
+}
+
+// leads begins a ledger under a number that the keeper gives out once.
+func (s *Supervisor) leads(incarnation uint32) {
+	s.incarnation = incarnation
+	s.m = ownership.New(incarnation, func(id uint64) *ownership.Session {
+		if ss := s.sessions[id]; ss != nil {
+			return &ss.Session
+		}
+		return nil
+	})
 }
 
 // process is what connects this process to the keeper and to its predecessor.
@@ -151,9 +164,11 @@ func (s *Supervisor) boot(p *process) (first bool, err error) {
 		old, lerr := p.client.List(ctx, keeper.KindLedger)
 		return lerr == nil && len(old) == 0, err
 	}
-	if s.incarnation, err = p.client.Lead(ctx); err != nil {
+	incarnation, err := p.client.Lead(ctx)
+	if err != nil {
 		return false, err
 	}
+	s.leads(incarnation)
 	s.retain = newRetainer(s.keeper, s.post)
 	first, err = s.openLedger(ctx)
 	if err != nil {

@@ -24,7 +24,7 @@ type marks struct {
 const maxMarks = 1 << 16
 
 func (w *worker) marksKey() keeper.Key {
-	return keeper.Key{Kind: keeper.KindBlob, ID: w.id, Name: "marks"}
+	return keeper.Key{Kind: keeper.KindBlob, ID: w.ID, Name: "marks"}
 }
 
 // giveMarks sends a worker the memory for its marks, before its first session.
@@ -77,7 +77,7 @@ func openMarks(fd int) (*marks, error) {
 
 // recoverMarks takes over what an earlier supervisor left of a worker's marks.
 func (s *Supervisor) recoverMarks(ctx context.Context, w *worker) {
-	entries, err := s.keeper.Get(ctx, keeper.KindBlob, w.id)
+	entries, err := s.keeper.Get(ctx, keeper.KindBlob, w.ID)
 	for i := range entries {
 		e := &entries[i]
 		if e.Key != w.marksKey() || len(e.FDs) != 1 || w.marks != nil {
@@ -109,9 +109,9 @@ func (m *marks) handled(w *worker) (list []*session) {
 		if word&wire.MarkHandling == 0 || word&wire.MarkWriting != 0 || seen[id] {
 			continue
 		}
-		if ss := w.sessions[id]; ss != nil {
+		if ls := w.Sessions[id]; ls != nil {
 			seen[id] = true
-			list = append(list, ss)
+			list = append(list, sessionOf(ls))
 		}
 	}
 	return list

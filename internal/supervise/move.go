@@ -4,8 +4,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/ownership"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
-	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
 const (
@@ -21,43 +21,24 @@ const (
 	maxRefusals = 8
 )
 
-// addAttempt begins an attempt; its session has none.
-func (s *Supervisor) addAttempt(a *attempt) {
-	a.epoch, a.began = s.nextEpoch(), s.now()
-	a.s.attempt = a
-	s.attempts[a] = struct{}{}
-	if a.to != nil {
-		a.to.incoming++
-	}
-}
-
-// dropAttempt forgets an attempt without telling anyone.
-func (s *Supervisor) dropAttempt(a *attempt) {
-	if a.s.attempt != a {
-		return
-	}
-	a.s.attempt = nil
-	delete(s.attempts, a)
-	if a.to != nil {
-		a.to.incoming--
-	}
-	if a.gm != nil {
-		delete(a.gm.members, a.s.id)
-		s.groupProgress(a.gm)
-	}
-}
-
 // freeze asks the owner of sessions to bring them to a safe point. dest is the
 // wanted new owner; nil leaves the choice for when they are parked.
 func (s *Supervisor) freeze(from *worker, list []*session, dest *worker) {
-	refs := make([]wire.Ref, 0, len(list))
 	for _, ss := range list {
-		a := &attempt{s: ss, from: from, step: stepFreezing, dest: dest,
-			deadline: s.now().Add(time.Duration(from.pool.cfg.FreezeTimeout))}
-		s.addAttempt(a)
-		refs = append(refs, wire.Ref{ID: ss.id, Epoch: a.epoch})
+		s.freezeOne(from, ss, dest, nil)
 	}
-	s.sendRefs(from, wire.TypeFreeze, refs)
+}
+
+func (s *Supervisor) freezeOne(from *worker, ss *session, dest *worker, joins *ownership.GroupKey) {
+	t := s.m.Freeze(&ss.Session, joins)
+	if t == nil {
+		return
+	}
+	t.Began = s.now()
+	t.Deadline = t.Began.Add(time.Duration(from.pool.cfg.FreezeTimeout))
+	if dest != nil {
+		t.Dest = &dest.Worker
+	}
 }
 
 // emptyRetiring moves sessions away from workers that are to go, a window's worth
@@ -68,7 +49,7 @@ func (s *Supervisor) emptyRetiring(p *pool) {
 		if w.state != workerRetiring {
 			continue
 		}
-		if len(w.sessions) == 0 && w.incoming == 0 {
+		if len(w.Sessions) == 0 && w.Incoming == 0 {
 			if p.op == nil {
 				s.stopWorker(w, "all its sessions have moved")
 			}
@@ -79,27 +60,26 @@ func (s *Supervisor) emptyRetiring(p *pool) {
 		}
 		// In batches: what every message costs is much more than what a session in it does.
 		room := s.pace.window() - s.leaving(w)
-		if room < s.pace.window()/2 && room < len(w.sessions) || now.Before(w.scanAt) {
+		if room < s.pace.window()/2 && room < len(w.Sessions) || now.Before(w.scanAt) {
 			continue
 		}
 		var list []*session
-		for _, ss := range w.sessions {
+		for _, ls := range w.Sessions {
 			if room <= 0 {
 				break
 			}
-			if ss.attempt != nil || now.Before(ss.retryAt) {
+			ss := sessionOf(ls)
+			if ss.Try != nil || now.Before(ss.retryAt) {
 				continue
 			}
-			if g := s.groupOf(ss); g != nil {
+			if g := ss.Group; g != nil {
 				room -= s.freezeGroup(g)
 				continue
 			}
 			list = append(list, ss)
 			room--
 		}
-		if len(list) > 0 {
-			s.freeze(w, list, nil)
-		}
+		s.freeze(w, list, nil)
 		if room > 0 { // the rest is to be asked again later: not to be looked through at every event
 			w.scanAt = now.Add(tick / 2)
 		}
@@ -108,8 +88,8 @@ func (s *Supervisor) emptyRetiring(p *pool) {
 
 // leaving is how many sessions of a worker are on their way to another.
 func (s *Supervisor) leaving(w *worker) (n int) {
-	for a := range s.attempts {
-		if a.from == w {
+	for t := range s.m.Tries() {
+		if t.From == &w.Worker {
 			n++
 		}
 	}
@@ -122,45 +102,29 @@ func (s *Supervisor) placeParked(p *pool) {
 		return
 	}
 	now := s.now()
-	items := map[*worker][]wire.Item{}
 	for _, ss := range p.parked {
-		if now.Before(ss.retryAt) {
+		if now.Before(ss.retryAt) || ss.Try != nil {
 			continue
 		}
 		to := p.targetFor(ss)
-		if g := s.groupOf(ss); g != nil {
-			if g.home == nil {
-				g.home = to
+		if g := ss.Group; g != nil {
+			if g.Home == nil {
+				if to != nil {
+					s.holdGroup(g)
+				}
+				continue
 			}
-			to = g.home
+			to = workerOf(g.Home)
 		}
-		if to == nil || !to.usable() || to.incoming >= 2*window {
+		if to == nil || !to.usable() || to.Incoming >= 2*window {
 			continue
 		}
-		a := &attempt{s: ss, to: to, step: stepAdopting, cargo: ss.cargo, flags: ss.flags, deadline: now.Add(adoptTimeout)}
-		delete(p.parked, ss.id)
-		ss.cargo = wire.Cargo{}
-		s.addAttempt(a)
-		items[to] = append(items[to], s.item(a))
-	}
-	for w, list := range items {
-		s.adopt(w, list)
-	}
-}
-
-// item is what the target of an attempt gets.
-func (s *Supervisor) item(a *attempt) wire.Item {
-	it := wire.Item{Ref: wire.Ref{ID: a.s.id, Epoch: a.epoch}, Group: a.s.group, Flags: a.flags,
-		Cargo: wire.Cargo{Facts: a.s.facts(s.led), Record: a.cargo.Record, App: a.cargo.App}}
-	if a.joins != "" {
-		it.Group = a.joins
-	}
-	return it
-}
-
-func (s *Supervisor) adopt(to *worker, items []wire.Item) {
-	for _, batch := range wire.BatchItems(items) {
-		s.send(to, &wire.Message{Type: wire.TypeAdopt, Items: batch})
+		t := s.m.Offer(&ss.Session, &to.Worker)
+		if t == nil {
+			continue
+		}
+		delete(p.parked, ss.ID)
+		t.Began, t.Deadline = now, now.Add(adoptTimeout)
 	}
 }
 
@@ -171,116 +135,58 @@ func (s *Supervisor) onParked(w *worker, m *wire.Message) error {
 		return s.onGroupParked(w, m)
 	}
 	s.pace.parked(m, s.now())
-	items := map[*worker][]wire.Item{}
 	for i := range m.Items {
 		it := &m.Items[i]
 		ss := s.sessions[it.ID]
-		if ss == nil || ss.owner != w {
+		if ss == nil || ss.Owner != &w.Worker {
 			return fmt.Errorf("%w: PARKED for session %s, which it does not own", wire.ErrProtocol, sid(it.ID))
 		}
 		if err := s.parkedKeys(ss); err != nil {
 			return err
 		}
-		a := ss.attempt
-		if a == nil || a.epoch != it.Epoch || a.step != stepFreezing || a.gm != nil {
+		if s.m.Parked(&w.Worker, it.Ref) != ownership.Fine {
 			continue // of an attempt that was given up; its THAW is under way
 		}
-		a.cargo = wire.Cargo{Record: it.Cargo.Record, App: it.Cargo.App}
-		a.flags = wire.FlagRestored | it.Flags&wire.FlagResting
-		if !s.joinable(a, a.dest) {
-			s.giveUp(a, "the group it wants to join has moved")
-			continue
-		}
-		to := a.dest
-		if to == nil || !to.usable() {
-			to = w.pool.targetFor(ss)
-		}
-		if to == nil || to == w {
-			s.refuse(a, "no worker can take it")
-			continue
-		}
-		a.to, a.step, a.deadline = to, stepAdopting, s.now().Add(adoptTimeout)
-		to.incoming++
-		items[to] = append(items[to], s.item(a))
-	}
-	for to, list := range items {
-		s.adopt(to, list)
+		ss.cargo = wire.Cargo{Record: it.Cargo.Record, App: it.Cargo.App}
+		ss.flags = wire.FlagRestored | it.Flags&wire.FlagResting
+		s.offerParked(w, ss)
 	}
 	return nil
 }
 
-// onAdopted commits: from here on the new worker owns the session, whatever dies.
+// offerParked gives a session that w has parked to another worker.
+func (s *Supervisor) offerParked(w *worker, ss *session) {
+	t := ss.Try
+	if !s.joinable(t, workerOf(t.Dest)) {
+		s.giveUp(t, "the group it wants to join has moved")
+		return
+	}
+	to := workerOf(t.Dest)
+	if to == nil || !to.usable() {
+		to = w.pool.targetFor(ss)
+	}
+	if to == nil || to == w || s.m.Offer(&ss.Session, &to.Worker) == nil {
+		s.refuse(t, "no worker can take it")
+		return
+	}
+	t.Deadline = s.now().Add(adoptTimeout)
+}
+
+// onAdopted passes on what a worker can take; with it moves are committed.
 func (s *Supervisor) onAdopted(w *worker, m *wire.Message) error {
 	s.pace.adopted(m, s.now())
-	var resume []wire.Ref
-	release := map[*worker][]wire.Ref{}
 	for _, ref := range m.Refs {
 		ss := s.sessions[ref.ID]
-		if ss == nil || ss.attempt == nil || ss.attempt.epoch != ref.Epoch || ss.attempt.to != w || ss.attempt.step != stepAdopting {
-			continue // late: ABORT is under way, or the session is gone
+		if ss == nil {
+			continue // it has ended
 		}
-		a := ss.attempt
-		if a.gm != nil {
-			a.adopted = true
-			s.groupProgress(a.gm)
+		if t := ss.Try; t != nil && t.Move == nil && t.Epoch == ref.Epoch && t.To == &w.Worker && !s.joinable(t, w) {
+			s.giveUp(t, "the group it wants to join has moved")
 			continue
 		}
-		if !s.joinable(a, w) {
-			s.giveUp(a, "the group it wants to join has moved")
-			continue
-		}
-		from := a.from
-		s.commit(a)
-		resume = append(resume, ref)
-		if from != nil {
-			release[from] = append(release[from], ref)
-		}
-	}
-	s.sendRefs(w, wire.TypeResume, resume)
-	for from, refs := range release {
-		s.sendRefs(from, wire.TypeRelease, refs)
+		s.m.Adopted(&w.Worker, ref)
 	}
 	return nil
-}
-
-// commit records the new owner. After it, and only after it, RESUME may be sent.
-func (s *Supervisor) commit(a *attempt) {
-	ss, now := a.s, s.now()
-	if a.from != nil {
-		delete(a.from.sessions, ss.id)
-		ss.moves++
-		s.led.count(cntMoved, 1)
-		if op := ss.pool.op; op != nil {
-			op.committed(a, now)
-		}
-		if ss.pool.op != nil && a.to.gen < a.from.gen {
-			s.led.count(cntReturned, 1)
-		}
-	}
-	delete(ss.pool.stays, ss.id)
-	s.settled(ss)
-	ss.owner, ss.epoch, ss.refusals, ss.flags, ss.refusedBy = a.to, a.epoch, 0, 0, nil
-	a.to.sessions[ss.id] = ss
-	if !ss.software {
-		k := s.led.keys(ss.slot, ktls.Receiving)
-		ss.rxBase = k.gen
-		k.wipe()
-	}
-	if a.joins != "" {
-		ss.group = a.joins
-		s.joinGroup(ss)
-	}
-	s.led.put(ss.slot, ss.slotEntry())
-	s.voidParked(ss) // after the commit: a crash between the two must leave one or the other
-	a.gm = nil
-	s.dropAttempt(a)
-	wipe(a.cargo.Record)
-	if g := s.groupOf(ss); g != nil {
-		s.joinGroup(ss)
-		if g.home == ss.owner && g.move == nil && len(g.waiters) > 0 {
-			s.wakeWaiters(g) // it has found a home
-		}
-	}
 }
 
 // voidParked makes sure that nothing of a parked state is ever used again: from
@@ -297,117 +203,96 @@ func (s *Supervisor) voidParked(ss *session) {
 	r.Parked = nil
 	if err := s.led.putRecord(ss.slot, ss.software, r); err != nil {
 		s.led.voidRecord(ss.slot, ss.software)
-		s.log.Error("session cannot be adopted after a crash of its worker", "session", sid(ss.id), "error", err)
+		s.log.Error("session cannot be adopted after a crash of its worker", "session", sid(ss.ID), "error", err)
 	}
 }
 
 func (s *Supervisor) onRefused(w *worker, m *wire.Message) error {
 	for _, r := range m.Refused {
 		ss := s.sessions[r.ID]
-		if ss == nil || ss.attempt == nil || ss.attempt.epoch != r.Epoch || ss.attempt.to != w {
+		if ss == nil || ss.Try == nil || ss.Try.Epoch != r.Epoch || ss.Try.To != &w.Worker {
 			continue
 		}
-		s.refuse(ss.attempt, fmt.Sprintf("worker (pid %d): %s", w.pid, printable([]byte(r.Why))))
+		s.refuse(ss.Try, fmt.Sprintf("worker (pid %d): %s", w.pid, printable([]byte(r.Why))))
 	}
 	return nil
 }
 
 // refuse ends an attempt whose target cannot take the session: back to the old
 // owner if there is one, else to another worker.
-func (s *Supervisor) refuse(a *attempt, why string) {
-	if a.gm != nil {
-		s.abortGroup(a.gm, why)
+func (s *Supervisor) refuse(t *attempt, why string) {
+	if t.Move != nil {
+		s.abortGroup(t.Move, why)
 		return
 	}
-	s.log.Warn("session stays", "session", sid(a.s.id), "pool", a.s.pool.name, "why", why)
-	s.giveUp(a, why)
+	ss := sessionOf(t.Session)
+	s.log.Warn("session stays", "session", sid(ss.ID), "pool", ss.pool.name, "why", why)
+	s.giveUp(t, why)
 }
 
-// giveUp is refuse for one session, without its group: ABORT to the target, THAW
-// to the owner.
-func (s *Supervisor) giveUp(a *attempt, why string) {
-	ss := a.s
-	ss.pool.stayed(a, why, s.now())
-	if a.to != nil && a.step == stepAdopting {
-		s.sendRefs(a.to, wire.TypeAbort, []wire.Ref{{ID: ss.id, Epoch: a.epoch}})
-		ss.refusedBy = append(ss.refusedBy, a.to.id)
+// giveUp is refuse for one session, without its group.
+func (s *Supervisor) giveUp(t *attempt, why string) {
+	s.noteRefusal(t, why)
+	s.m.Undo(t.Session)
+}
+
+// noteRefusal remembers what follows from an attempt that comes to nothing.
+func (s *Supervisor) noteRefusal(t *attempt, why string) {
+	ss := sessionOf(t.Session)
+	ss.pool.stayed(t, why, s.now())
+	if t.Step == ownership.Offered {
+		ss.refusedBy = append(ss.refusedBy, t.To.ID)
 	}
 	ss.retryAt = s.now().Add(retryAfter)
-	if a.joins != "" {
+	if t.Joins != nil {
 		ss.joinFails++
 	}
-	s.dropAttempt(a)
-	if a.from != nil {
-		s.sendRefs(a.from, wire.TypeThaw, []wire.Ref{{ID: ss.id, Epoch: a.epoch}})
-		return
+	if t.From == nil {
+		ss.refused = why
 	}
-	if p := ss.pool; p.starting == 0 && p.op == nil && p.restartAt.IsZero() && p.count(p.serving, workerReady) >= p.cfg.Workers {
-		ss.refusals++ // nobody else is to come who might take it
-	}
-	if ss.refusals >= maxRefusals {
-		wipe(a.cargo.Record)
-		s.lose(ss, fmt.Sprintf("no worker could take it (%d tried); the last said: %s", ss.refusals, why))
-		return
-	}
-	ss.retryAt = s.now().Add(min(100*time.Millisecond<<ss.refusals, 2*time.Second))
-	s.park(ss, a.cargo, a.flags)
 }
 
 // park keeps a session without an owner until a worker takes it.
 func (s *Supervisor) park(ss *session, c wire.Cargo, flags wire.Flags) {
 	ss.cargo, ss.flags = c, flags
-	ss.pool.parked[ss.id] = ss
+	ss.pool.parked[ss.ID] = ss
 }
 
-func (s *Supervisor) attemptTimedOut(a *attempt) {
+func (s *Supervisor) attemptTimedOut(t *attempt) {
 	switch {
-	case a.gm != nil: // the group has its own limit
-	case a.step == stepFreezing:
-		s.giveUp(a, "no safe point within freeze_timeout")
+	case t.Move != nil: // the group has its own limit
+	case t.Step != ownership.Offered:
+		s.giveUp(t, "no safe point within freeze_timeout")
 	default:
-		to := a.to
+		to := workerOf(t.To)
 		to.deaf = true
-		s.refuse(a, "the new worker did not answer in time")
+		s.refuse(t, "the new worker did not answer in time")
 		if op := to.pool.op; op != nil && to.gen == op.to && op.phase == opMoving && to.pool.target() == nil {
 			s.failUpgrade(op, fmt.Errorf("worker (pid %d) of generation %d does not answer, and there is no other", to.pid, to.gen))
 		}
 	}
 }
 
-// abortAttemptsOf ends the attempts that need a worker which is dead or detached.
-func (s *Supervisor) abortAttemptsOf(w *worker, why string) {
-	for gm := range s.groupMoves {
-		if gm.to == w || gm.from == w && !gm.allParked {
+// refuseFor ends the attempts whose target is dead or cannot be reached.
+func (s *Supervisor) refuseFor(w *worker, why string) {
+	for gm := range s.m.Moves() {
+		if gm.To == &w.Worker {
 			s.abortGroup(gm, why)
 		}
 	}
-	for a := range s.attempts {
-		switch {
-		case a.gm != nil:
-		case a.to == w:
-			s.refuse(a, why)
-		case a.from == w && a.step == stepFreezing:
-			s.giveUp(a, why)
+	for t := range s.m.Tries() {
+		if t.Move == nil && t.To == &w.Worker {
+			s.refuse(t, why)
 		}
 	}
 }
 
-// orphan takes a session from an owner that has been seen dead. One that was
-// parked goes on from its parked state. Otherwise what the owner left behind says how
-// far it came: see estate.go.
-func (s *Supervisor) orphan(ss *session, w *worker) {
-	delete(w.sessions, ss.id)
-	ss.owner = nil
-	if g := s.groupOf(ss); g != nil && g.home == w {
-		g.home = nil
+// settle finds out what has become of a session whose owner has been seen dead while
+// it served: what the owner left behind says how far it came, see estate.go.
+func (s *Supervisor) settle(ss *session, owner uint64) {
+	if !ss.Ended {
+		s.inherit(ss, owner)
 	}
-	if a := ss.attempt; a != nil {
-		a.from = nil // parked: the attempt goes on; its cargo is here
-		ss.flags = a.flags
-		s.putParked(ss, a.cargo.Record)
-		return
-	}
-	s.inherit(ss, w.id)
 }
 
 // putParked records a session without an owner, with the record state that it
@@ -419,7 +304,6 @@ func (s *Supervisor) putParked(ss *session, rec []byte) {
 	}
 	r.Parked = rec
 	if err := s.led.putRecord(ss.slot, ss.software, r); err != nil {
-		s.log.Warn("the state of a parked session is not kept over a restart of the supervisor", "session", sid(ss.id), "error", err)
+		s.log.Warn("the state of a parked session is not kept over a restart of the supervisor", "session", sid(ss.ID), "error", err)
 	}
-	s.led.put(ss.slot, ss.slotEntry())
 }

@@ -23,13 +23,13 @@ func TestMoveCommitsBeforeResume(t *testing.T) {
 	if it.Ref != try || string(it.Cargo.Record) != "parked" || string(it.Cargo.App) != "app" || it.Flags != wire.FlagRestored {
 		t.Fatalf("ADOPT %+v", it)
 	}
-	if owner, _ := u.owner(own.ID); owner != old.w.id {
-		t.Fatalf("owner %d before ADOPTED, want the old worker %d", owner, old.w.id)
+	if owner, _ := u.owner(own.ID); owner != old.w.ID {
+		t.Fatalf("owner %d before ADOPTED, want the old worker %d", owner, old.w.ID)
 	}
 	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(try)})
 	young.expect(wire.TypeResume)
 	owner, e := u.owner(own.ID)
-	if owner != young.w.id || e.Epoch != try.Epoch || e.Phase != slotOwned {
+	if owner != young.w.ID || e.Epoch != try.Epoch || e.Phase != slotOwned {
 		t.Fatalf("RESUME is out and the ledger says %+v", e)
 	}
 	u.s.call(func() {
@@ -58,7 +58,7 @@ func TestFailedMoveThaws(t *testing.T) {
 			young.send(&wire.Message{Type: wire.TypeHello, Hello: &wire.Hello{Min: 1, Max: 1}}) // a second one
 		},
 		"no answer": func(u *unit, young *fake, try wire.Ref) {
-			u.s.call(func() { u.s.attemptTimedOut(u.s.sessions[try.ID].attempt) })
+			u.s.call(func() { u.s.attemptTimedOut(u.s.sessions[try.ID].Try) })
 			young.expect(wire.TypeAbort)
 		},
 	} {
@@ -69,7 +69,7 @@ func TestFailedMoveThaws(t *testing.T) {
 				t.Fatalf("THAW %+v, want %+v", got, try)
 			}
 			owner, e := u.owner(own.ID)
-			if owner != old.w.id || e.Epoch != own.Epoch {
+			if owner != old.w.ID || e.Epoch != own.Epoch {
 				t.Errorf("the ledger says %+v", e)
 			}
 			if c := u.counters(); c.moved+c.lost+c.interrupted != 0 {
@@ -89,7 +89,7 @@ func TestLateAnswersOfAnAbortedAttemptAreIgnored(t *testing.T) {
 	young := u.worker(2)
 	u.retire(old, 2)
 	first := old.expect(wire.TypeFreeze).Refs[0]
-	u.s.call(func() { u.s.attemptTimedOut(u.s.sessions[own.ID].attempt) })
+	u.s.call(func() { u.s.attemptTimedOut(u.s.sessions[own.ID].Try) })
 	old.expect(wire.TypeThaw)
 	u.s.call(func() { u.s.sessions[own.ID].retryAt = u.s.now() })
 	second := old.expect(wire.TypeFreeze).Refs[0]
@@ -104,14 +104,14 @@ func TestLateAnswersOfAnAbortedAttemptAreIgnored(t *testing.T) {
 	}
 	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(first)})
 	u.silent(young)
-	if owner, _ := u.owner(own.ID); owner != old.w.id {
+	if owner, _ := u.owner(own.ID); owner != old.w.ID {
 		t.Fatal("an ADOPTED of another attempt was taken for this one's")
 	}
-	u.s.call(func() { u.s.attemptTimedOut(u.s.sessions[own.ID].attempt) })
+	u.s.call(func() { u.s.attemptTimedOut(u.s.sessions[own.ID].Try) })
 	young.expect(wire.TypeAbort)
 	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(second)}) // crossed with ABORT
 	u.silent(young)
-	if owner, _ := u.owner(own.ID); owner != old.w.id {
+	if owner, _ := u.owner(own.ID); owner != old.w.ID {
 		t.Fatal("a late ADOPTED made a second owner")
 	}
 }
@@ -120,10 +120,10 @@ func TestLateAnswersOfAnAbortedAttemptAreIgnored(t *testing.T) {
 func TestOldWorkerDiesAfterParked(t *testing.T) {
 	u, old, young, own, try := offered(t, true)
 	old.kill()
-	u.until(func() bool { return u.s.workers[old.w.id] == nil })
+	u.until(func() bool { return u.s.workers[old.w.ID] == nil })
 	young.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(try)})
 	young.expect(wire.TypeResume)
-	if owner, _ := u.owner(own.ID); owner != young.w.id {
+	if owner, _ := u.owner(own.ID); owner != young.w.ID {
 		t.Errorf("owner %d", owner)
 	}
 	if c := u.counters(); c.lost+c.interrupted != 0 {
@@ -135,7 +135,7 @@ func TestOldWorkerDiesAfterParked(t *testing.T) {
 func TestParkedStateSurvivesBothWorkers(t *testing.T) {
 	u, old, young, _, try := offered(t, true)
 	old.kill()
-	u.until(func() bool { return u.s.workers[old.w.id] == nil })
+	u.until(func() bool { return u.s.workers[old.w.ID] == nil })
 	young.kill()
 	third := u.worker(2)
 	it := third.expect(wire.TypeAdopt).Items[0]
@@ -218,8 +218,8 @@ func TestClaimsOfForeignSessionsAreRefused(t *testing.T) {
 			bad.send(claim(own, foreign))
 			u.until(func() bool { return bad.w.state == workerDetached })
 			for id, w := range map[uint64]*fake{foreign.ID: good, own.ID: bad} {
-				if owner, _ := u.owner(id); owner != w.w.id {
-					t.Errorf("session %d: owner %d, want %d", id, owner, w.w.id)
+				if owner, _ := u.owner(id); owner != w.w.ID {
+					t.Errorf("session %d: owner %d, want %d", id, owner, w.w.ID)
 				}
 			}
 			if c := u.counters(); c.lost+c.interrupted+c.peer != 0 {
@@ -227,7 +227,7 @@ func TestClaimsOfForeignSessionsAreRefused(t *testing.T) {
 			}
 			u.owned(good, true) // new sessions go elsewhere
 			u.s.call(func() {
-				if u.s.workers[bad.w.id] == nil {
+				if u.s.workers[bad.w.ID] == nil {
 					t.Error("the worker lives and must not be forgotten: its sessions are its own")
 				}
 			})
@@ -245,7 +245,7 @@ func TestSessionEndsWhileFreezing(t *testing.T) {
 	old.expect(wire.TypeFreeze)
 	old.send(&wire.Message{Type: wire.TypeClosed, Closed: []wire.Closed{{Ref: own, Reason: wire.ReasonPeer}}})
 	old.expect(wire.TypeClosedAck)
-	u.until(func() bool { return len(u.s.sessions) == 0 && len(u.s.attempts) == 0 })
+	u.until(func() bool { return len(u.s.sessions) == 0 && u.s.m.Idle() })
 	old.send(&wire.Message{Type: wire.TypeClosed, Closed: []wire.Closed{{Ref: own, Reason: wire.ReasonPeer}}})
 	if m := old.expect(wire.TypeStop); !m.Drain {
 		t.Errorf("STOP %+v", m)
@@ -263,7 +263,7 @@ func TestDeafWorkerIsPassedOver(t *testing.T) {
 	id := u.session(true)
 	deaf.expect(wire.TypeAdopt)
 	good := u.worker(1)
-	u.s.call(func() { u.s.attemptTimedOut(u.s.sessions[id].attempt) })
+	u.s.call(func() { u.s.attemptTimedOut(u.s.sessions[id].Try) })
 	deaf.expect(wire.TypeAbort)
 	if it := good.expect(wire.TypeAdopt).Items[0]; it.ID != id {
 		t.Errorf("ADOPT %+v", it)

@@ -132,30 +132,31 @@ func (op *operation) reason(why string) {
 
 // committed counts one session's move.
 func (op *operation) committed(a *attempt, now time.Time) {
+	from, to := workerOf(a.From), workerOf(a.To)
 	switch {
 	case op.kind != opUpgrade:
 		op.report.Moved++
-	case a.to.gen == a.from.gen: // to its group's home
-	case a.to.gen == op.to:
+	case to.gen == from.gen: // to its group's home
+	case to.gen == op.to:
 		op.report.Moved++
-	case a.from.gen == op.to:
+	case from.gen == op.to:
 		op.report.Returned++
 	default: // parked for the new generation, which then failed: it never was there
 	}
 	if op.firstMove.IsZero() {
-		op.firstMove = a.began
+		op.firstMove = a.Began
 	}
 	op.lastMove = now
-	op.stalls = append(op.stalls, float64(now.Sub(a.began).Microseconds())/1000)
+	op.stalls = append(op.stalls, float64(now.Sub(a.Began).Microseconds())/1000)
 }
 
 // ended counts a session that came to its end by itself meanwhile.
 func (op *operation) ended(ss *session, w *worker, r wire.Reason) {
 	op.share.ended(w.gen == op.to, r)
-	switch _, asked := op.pool.stays[ss.id]; {
+	switch _, asked := op.pool.stays[ss.ID]; {
 	case asked:
 		op.report.Drained++
-	case ss.attempt != nil:
+	case ss.Try != nil:
 		op.report.Closed++
 	}
 }
@@ -175,22 +176,22 @@ type stay struct {
 // stayed notes that an attempt was given up. The note lasts until the session has
 // moved or ended.
 func (p *pool) stayed(a *attempt, why string, now time.Time) {
-	if a.from != nil && a.joins == "" {
+	if a.From != nil && a.Joins == nil {
 		if p.stays == nil {
 			p.stays = map[uint64]stay{}
 		}
-		p.stays[a.s.id] = stay{why, now}
+		p.stays[a.Session.ID] = stay{why, now}
 	}
 	op := p.op
 	if op == nil {
 		return
 	}
-	if a.gm == nil { // of a group one word is enough
+	if a.Move == nil { // of a group one word is enough
 		op.reason(why)
 	}
-	if a.to != nil && a.to.gen == op.to {
+	if a.To != nil && workerOf(a.To).gen == op.to {
 		op.trouble = why
-		if a.joins == "" {
+		if a.Joins == nil {
 			op.share.refused++
 		}
 	}
@@ -258,9 +259,9 @@ func (op *operation) left() (left, detached int) {
 		switch {
 		case !op.leaves(w):
 		case w.state == workerDetached:
-			detached += len(w.sessions)
+			detached += len(w.Sessions)
 		default:
-			left += len(w.sessions) + w.incoming
+			left += len(w.Sessions) + w.Incoming
 		}
 	}
 	return left, detached
@@ -299,7 +300,7 @@ func (s *Supervisor) conclude(op *operation) {
 	p := op.pool
 	op.phase = opEnding
 	for _, w := range sortedWorkers(p.workers) {
-		if w.state == workerRetiring && len(w.sessions)+w.incoming == 0 {
+		if w.state == workerRetiring && len(w.Sessions)+w.Incoming == 0 {
 			op.stopped = append(op.stopped, w.pid)
 			s.stopWorker(w, "all its sessions have moved")
 		}
@@ -333,12 +334,12 @@ const deathAfterEOF = time.Second
 // a dead one whose connections are being looked at.
 func (s *Supervisor) undecided(p *pool, now time.Time) bool {
 	for _, w := range p.workers {
-		if w.state == workerDetached && len(w.sessions) > 0 && now.Sub(w.closedAt) < deathAfterEOF {
+		if w.state == workerDetached && len(w.Sessions) > 0 && now.Sub(w.closedAt) < deathAfterEOF {
 			return true
 		}
 	}
 	for _, ss := range s.sessions {
-		if ss.pool == p && ss.owner == nil && ss.attempt == nil && p.parked[ss.id] == nil {
+		if ss.pool == p && ss.owner() == nil && ss.Try == nil && p.parked[ss.ID] == nil {
 			return true
 		}
 	}
@@ -351,7 +352,7 @@ func (s *Supervisor) endOperation(op *operation) {
 	r.Stayed = 0 // some may have moved, or died, since the time was up
 	for _, w := range p.workers {
 		if op.leaves(w) {
-			r.Stayed += len(w.sessions)
+			r.Stayed += len(w.Sessions)
 		}
 	}
 	for _, w := range sortedWorkers(p.workers) {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/admin"
+	"github.com/ktlsvisor/ktlsvisor/internal/ownership"
 )
 
 // What an upgrade would do, by what the supervisor knows: nothing is started, and no
@@ -83,7 +84,7 @@ func (s *Supervisor) planPool(p *pool, r *admin.UpgradeRequest) admin.PoolPlan {
 	if p.op != nil && !r.Queue {
 		out.Error = p.op.busy().Error()
 	}
-	c := classifier{s: s, now: s.now(), groups: map[*group]verdict{}}
+	c := classifier{s: s, now: s.now(), groups: map[*ownership.Group]verdict{}}
 	type key struct{ class, why string }
 	found := map[key]*admin.PlanReason{}
 	for _, id := range slices.Sorted(maps.Keys(s.sessions)) {
@@ -112,8 +113,8 @@ func (s *Supervisor) planPool(p *pool, r *admin.UpgradeRequest) admin.PoolPlan {
 			f.Examples = append(f.Examples, sid(id))
 		}
 	}
-	for k := range s.groups {
-		if k.pool == p {
+	for k := range s.m.Groups() {
+		if k.Pool == p.name {
 			out.Groups++
 		}
 	}
@@ -162,20 +163,20 @@ type verdict struct{ class, why string }
 type classifier struct {
 	s      *Supervisor
 	now    time.Time
-	groups map[*group]verdict
+	groups map[*ownership.Group]verdict
 }
 
 // classify says whether a session could move now. A group is as movable as the least
 // movable of its members.
 func (c *classifier) classify(ss *session) verdict {
-	g := c.s.groupOf(ss)
+	g := ss.Group
 	if g == nil {
 		return c.alone(ss)
 	}
 	v, ok := c.groups[g]
 	if !ok {
-		for _, m := range g.members {
-			w := c.alone(m)
+		for _, m := range g.Members {
+			w := c.alone(sessionOf(m))
 			if w.class == classNever || w.class != "" && v.class == "" {
 				v = w
 			}
@@ -184,7 +185,7 @@ func (c *classifier) classify(ss *session) verdict {
 			}
 		}
 		if v.class != "" {
-			v.why = fmt.Sprintf("its group of %d moves whole, and of one member: %s", len(g.members), v.why)
+			v.why = fmt.Sprintf("its group of %d moves whole, and of one member: %s", len(g.Members), v.why)
 		}
 		c.groups[g] = v
 	}
@@ -192,7 +193,7 @@ func (c *classifier) classify(ss *session) verdict {
 }
 
 func (c *classifier) alone(ss *session) verdict {
-	w := ss.owner
+	w := ss.owner()
 	if w == nil {
 		return verdict{} // between two workers; it goes to whoever serves then
 	}
@@ -209,7 +210,7 @@ func (c *classifier) alone(ss *session) verdict {
 	if _, err := c.s.led.facts(ss.slot); err != nil {
 		return verdict{classNever, "its facts cannot be read"}
 	}
-	if st, ok := ss.pool.stays[ss.id]; ok {
+	if st, ok := ss.pool.stays[ss.ID]; ok {
 		return verdict{classDrain, "when it was last asked: " + st.why}
 	}
 	return verdict{}

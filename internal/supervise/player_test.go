@@ -131,7 +131,7 @@ func (u *unit) allOwned() {
 	u.t.Helper()
 	u.until(func() bool {
 		for _, ss := range u.s.sessions {
-			if ss.owner == nil || ss.attempt != nil {
+			if ss.owner() == nil || ss.Try != nil {
 				return false
 			}
 		}

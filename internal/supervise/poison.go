@@ -5,6 +5,7 @@ import (
 	"sort"
 	"time"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/ownership"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
 
@@ -60,13 +61,13 @@ type suspect struct {
 }
 
 func (d *ward) add(ss *session) *suspect {
-	sp := d.suspects[ss.id]
+	sp := d.suspects[ss.ID]
 	if sp == nil {
 		sp = &suspect{ss: ss}
 		if d.suspects == nil {
 			d.suspects = map[uint64]*suspect{}
 		}
-		d.suspects[ss.id] = sp
+		d.suspects[ss.ID] = sp
 	}
 	sp.since = time.Time{}
 	return sp
@@ -75,12 +76,12 @@ func (d *ward) add(ss *session) *suspect {
 // acquit ends the suspicion; the next move, or end, of the session records that.
 func (d *ward) acquit(ss *session) {
 	ss.crashes = 0
-	delete(d.suspects, ss.id)
+	delete(d.suspects, ss.ID)
 }
 
 // place says which worker gets a suspect; ok is false for everyone else. nil: it waits.
 func (d *ward) place(ss *session, serving uint32) (w *worker, ok bool) {
-	sp := d.suspects[ss.id]
+	sp := d.suspects[ss.ID]
 	if sp == nil || d.failures >= wardFailures {
 		return nil, false
 	}
@@ -88,7 +89,7 @@ func (d *ward) place(ss *session, serving uint32) (w *worker, ok bool) {
 	if w = d.worker; w == nil || w.gen != serving || w.state != workerReady || !w.usable() || w.deaf {
 		return nil, true
 	}
-	if sp.lot != d.lot && ss.group == "" {
+	if sp.lot != d.lot && ss.Group == nil {
 		return nil, true
 	}
 	return w, true
@@ -98,7 +99,7 @@ func (d *ward) place(ss *session, serving uint32) (w *worker, ok bool) {
 func (s *Supervisor) blame(w *worker, was workerState) {
 	limit := w.pool.cfg.Poison
 	ours := w.killed && !w.beatenDead || was == workerStarting || was == workerStopping && !w.killed
-	if limit == 0 || s.stopping || ours || len(w.sessions) == 0 {
+	if limit == 0 || s.stopping || ours || len(w.Sessions) == 0 {
 		return
 	}
 	var list []*session
@@ -106,15 +107,16 @@ func (s *Supervisor) blame(w *worker, was workerState) {
 	switch {
 	case known:
 		list = w.marks.handled(w)
-	case len(w.sessions) <= maxUnmarked:
-		for _, ss := range w.sessions {
+	case len(w.Sessions) <= maxUnmarked:
+		for _, ls := range w.Sessions {
+			ss := sessionOf(ls)
 			list = append(list, ss)
 		}
 	}
 	// What is parked was not being handled.
 	n := 0
 	for _, ss := range list {
-		if a := ss.attempt; a == nil || a.step == stepFreezing {
+		if a := ss.Try; a == nil || a.Step == ownership.Freezing {
 			list[n] = ss
 			n++
 		}
@@ -136,14 +138,14 @@ func (s *Supervisor) blame(w *worker, was workerState) {
 	if len(list) == 0 {
 		return
 	}
-	sort.Slice(list, func(i, j int) bool { return list[i].id < list[j].id })
+	sort.Slice(list, func(i, j int) bool { return list[i].ID < list[j].ID })
 	size := (len(list) + lots - 1) / lots
 	again := 0
 	for _, ss := range list {
 		sp := d.add(ss)
 		s.led.put(ss.slot, ss.slotEntry())
 		sp.lot = 0
-		if ss.crashes > 1 && ss.group == "" { // it was not alone the last time
+		if ss.crashes > 1 && ss.Group == nil { // it was not alone the last time
 			if again%size == 0 {
 				d.lots++
 			}
@@ -154,7 +156,7 @@ func (s *Supervisor) blame(w *worker, was workerState) {
 	}
 	s.led.count(cntQuarantined, uint64(len(list)))
 	s.log.Warn("a worker died while it was handling sessions: they go on in quarantine", "pool", w.pool.name, "pid", w.pid,
-		"suspects", len(list), "others", len(w.sessions)-len(list), "known", known)
+		"suspects", len(list), "others", len(w.Sessions)-len(list), "known", known)
 }
 
 // acquitBystanders ends the suspicion of those that were in quarantine with list and
@@ -165,10 +167,11 @@ func (s *Supervisor) acquitBystanders(w *worker, list []*session) {
 	}
 	handled := map[uint64]bool{}
 	for _, ss := range list {
-		handled[ss.id] = true
+		handled[ss.ID] = true
 	}
-	for _, ss := range w.sessions {
-		if !handled[ss.id] {
+	for _, ls := range w.Sessions {
+		ss := sessionOf(ls)
+		if !handled[ss.ID] {
 			w.pool.ward.acquit(ss)
 		}
 	}
@@ -177,10 +180,10 @@ func (s *Supervisor) acquitBystanders(w *worker, list []*session) {
 // suspectGroup puts a suspect's group under quarantine with it: it cannot be taken
 // apart.
 func (s *Supervisor) suspectGroup(ss *session) {
-	if g := s.groupOf(ss); g != nil {
-		for _, m := range g.members {
-			if m.owner == ss.owner {
-				ss.pool.ward.add(m)
+	if g := ss.Group; g != nil {
+		for _, m := range g.Members {
+			if m.Owner == ss.Owner {
+				ss.pool.ward.add(sessionOf(m))
 			}
 		}
 	}
@@ -192,15 +195,14 @@ func (s *Supervisor) closePoison(ss *session) {
 	if f, err := s.led.facts(ss.slot); err == nil {
 		peer = f.Peer
 	}
-	s.led.countClosed(wire.ReasonPoison)
-	s.log.Error("session closed as poison: worker after worker died while handling it, and nothing else", "session", sid(ss.id),
+	s.log.Error("session closed as poison: worker after worker died while handling it, and nothing else", "session", sid(ss.ID),
 		"peer", peer, "pool", ss.pool.name, "crashes", ss.crashes)
 	if op := ss.pool.op; op != nil {
 		op.report.Closed++
 		op.reason(wire.ReasonPoison.String())
 	}
-	s.retain.shutdown(ss.id)
-	s.end(ss)
+	s.retain.shutdown(ss.ID)
+	s.m.Closed(ss.Owner, wire.Ref{ID: ss.ID, Epoch: ss.Epoch}, wire.ReasonPoison)
 }
 
 // watchWards runs with every tick: it starts quarantine workers, acquits who has been
@@ -214,7 +216,8 @@ func (s *Supervisor) watchWards(now time.Time) {
 		if w := d.worker; w != nil && (w.state == workerRetiring || w.state == workerDetached) {
 			// An upgrade moves its sessions like everyone's, and the new program is given
 			// the benefit of the doubt. One that cannot be reached keeps what it has.
-			for _, ss := range w.sessions {
+			for _, ls := range w.Sessions {
+				ss := sessionOf(ls)
 				d.acquit(ss)
 			}
 			d.worker = nil
@@ -232,9 +235,9 @@ func (s *Supervisor) tryWard(p *pool, now time.Time) {
 	busy, next := false, 0
 	for _, sp := range d.suspects {
 		ss := sp.ss
-		if ss.owner == nil {
+		if ss.owner() == nil {
 			sp.since = time.Time{}
-			busy = busy || sp.lot == d.lot && ss.attempt != nil
+			busy = busy || sp.lot == d.lot && ss.Try != nil
 			if sp.lot > 0 && (next == 0 || sp.lot < next) {
 				next = sp.lot
 			}
@@ -251,7 +254,7 @@ func (s *Supervisor) tryWard(p *pool, now time.Time) {
 			d.acquit(ss)
 			continue
 		}
-		busy = busy || ss.group == ""
+		busy = busy || ss.Group == nil
 	}
 	if w := d.worker; next > 0 && w != nil && w.marks == nil && w.load() > 0 {
 		busy = true // without marks only who is alone in it can be told from the others
@@ -269,7 +272,7 @@ func (s *Supervisor) emptyWard(p *pool, now time.Time) {
 	if w == nil || w.state != workerReady || !w.usable() {
 		return
 	}
-	if len(d.suspects) == 0 && len(w.sessions) == 0 && w.incoming == 0 {
+	if len(d.suspects) == 0 && len(w.Sessions) == 0 && w.Incoming == 0 {
 		s.stopWorker(w, "no session is under suspicion")
 		d.deaths = 0
 		return
@@ -278,14 +281,15 @@ func (s *Supervisor) emptyWard(p *pool, now time.Time) {
 		return
 	}
 	var list []*session
-	for _, ss := range w.sessions {
+	for _, ls := range w.Sessions {
+		ss := sessionOf(ls)
 		if len(list) >= window {
 			break
 		}
-		if d.suspects[ss.id] != nil || ss.attempt != nil || now.Before(ss.retryAt) {
+		if d.suspects[ss.ID] != nil || ss.Try != nil || now.Before(ss.retryAt) {
 			continue
 		}
-		g := s.groupOf(ss)
+		g := ss.Group
 		switch {
 		case g == nil:
 			list = append(list, ss)
@@ -298,8 +302,8 @@ func (s *Supervisor) emptyWard(p *pool, now time.Time) {
 	}
 }
 
-func (d *ward) suspectsOf(g *group) bool {
-	for id := range g.members {
+func (d *ward) suspectsOf(g *ownership.Group) bool {
+	for id := range g.Members {
 		if d.suspects[id] != nil {
 			return true
 		}
@@ -386,7 +390,7 @@ func (s *Supervisor) recoverSuspect(ss *session) {
 	}
 	d := &ss.pool.ward
 	sp := d.add(ss)
-	if ss.crashes > 1 && ss.group == "" {
+	if ss.crashes > 1 && ss.Group == nil {
 		d.lots++
 		sp.lot = d.lots
 	}

@@ -77,7 +77,7 @@ func (u *unit) dies(f *fake, handling ...wire.Ref) {
 				return false // its sessions are still looked at
 			}
 		}
-		return u.s.workers[f.w.id] == nil
+		return u.s.workers[f.w.ID] == nil
 	})
 }
 

@@ -97,7 +97,7 @@ func (p *pool) takes(w *worker, gen uint32) bool {
 // or nil.
 func (p *pool) least(gen uint32, but []uint64) (best *worker) {
 	for _, w := range sortedWorkers(p.workers) {
-		if p.takes(w, gen) && !slices.Contains(but, w.id) && (best == nil || w.load() < best.load()) {
+		if p.takes(w, gen) && !slices.Contains(but, w.ID) && (best == nil || w.load() < best.load()) {
 			best = w
 		}
 	}
@@ -145,7 +145,7 @@ func (p *pool) targetFor(ss *session) *worker {
 }
 
 // isNew says whether a session has had no owner yet.
-func (ss *session) isNew() bool { return ss.owner == nil && ss.moves == 0 && ss.flags == 0 }
+func (ss *session) isNew() bool { return ss.owner() == nil && ss.moves == 0 && ss.flags == 0 }
 
 func (p *pool) count(gen uint32, states ...workerState) (n int) {
 	for _, w := range p.workers {
@@ -185,7 +185,7 @@ func (s *Supervisor) onHello(w *worker, h *wire.Hello) error {
 
 func (s *Supervisor) welcome(w *worker) {
 	s.giveArena(w, func(arena uint64) {
-		s.send(w, &wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: wire.Version, Worker: w.id,
+		s.send(w, &wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: wire.Version, Worker: w.ID,
 			Pool: w.pool.name, Generation: w.gen, FreezeTimeout: time.Duration(w.pool.cfg.FreezeTimeout).Milliseconds(),
 			Rekey: s.kernel.Rekey, Arena: arena}})
 		s.giveMarks(w)
@@ -303,23 +303,21 @@ func (s *Supervisor) workerDied(w *worker) {
 	s.closeChannel(w)
 	s.retain.delete(w.key())
 	s.retain.delete(w.outputKeys()...)
-	delete(s.workers, w.id)
-	delete(w.pool.workers, w.id)
+	delete(s.workers, w.ID)
+	delete(w.pool.workers, w.ID)
 	_ = w.proc.Close()
-	expected := was == workerStopping && !w.killed && len(w.sessions) == 0
+	expected := was == workerStopping && !w.killed && len(w.Sessions) == 0
 	if expected {
 		s.log.Info("worker stopped", "pool", w.pool.name, "pid", w.pid, "generation", w.gen)
 	} else {
 		s.led.count(cntWorkerDeaths, 1)
-		s.log.Warn("worker died", "pool", w.pool.name, "pid", w.pid, "generation", w.gen, "state", was, "sessions", len(w.sessions))
+		s.log.Warn("worker died", "pool", w.pool.name, "pid", w.pid, "generation", w.gen, "state", was, "sessions", len(w.Sessions))
 	}
 	s.blame(w, was)
 	w.marks.close()
 	s.retain.delete(w.marksKey())
-	s.abortAttemptsOf(w, "the worker died")
-	for _, ss := range w.sessions {
-		s.orphan(ss, w)
-	}
+	s.refuseFor(w, "the worker died")
+	s.m.Dead(&w.Worker)
 	s.dropArena(w)
 	if w.inventory != nil {
 		w.inventory = nil

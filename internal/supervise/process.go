@@ -122,8 +122,9 @@ func (s *Supervisor) spawn(p *pool, gen uint32, command []string, then func(*wor
 }
 
 func (s *Supervisor) attachSpawned(p *pool, id uint64, gen uint32, command []string, sp *spawned) (*worker, error) {
-	w := &worker{id: id, pid: sp.cmd.Process.Pid, gen: gen, command: command, pool: p, proc: sp.proc,
-		sessions: map[uint64]*session{}, deadline: s.now().Add(time.Duration(p.cfg.ReadyTimeout))}
+	w := &worker{pid: sp.cmd.Process.Pid, gen: gen, command: command, pool: p, proc: sp.proc,
+		deadline: s.now().Add(time.Duration(p.cfg.ReadyTimeout))}
+	w.ID, w.X = id, w
 	go func() {
 		// Reaps the child; its death is noticed through the pidfd, like everyone's.
 		_ = sp.cmd.Wait()
@@ -167,14 +168,14 @@ func (s *Supervisor) retainOutput(w *worker, i int, f *os.File) {
 			s.log.Warn("the output of a worker is not kept over a restart of the supervisor", "pid", w.pid, "error", err)
 			return
 		}
-		s.retain.put(keeper.Entry{Key: keeper.Key{Kind: keeper.KindOutput, ID: w.id*2 + uint64(i),
+		s.retain.put(keeper.Entry{Key: keeper.Key{Kind: keeper.KindOutput, ID: w.ID*2 + uint64(i),
 			Name: fmt.Sprintf("%s[%d]", w.pool.name, w.pid)}, FDs: []int{dup}}, nil)
 	})
 }
 
 func (w *worker) outputKeys() []keeper.Key {
 	name := fmt.Sprintf("%s[%d]", w.pool.name, w.pid)
-	return []keeper.Key{{Kind: keeper.KindOutput, ID: w.id * 2, Name: name}, {Kind: keeper.KindOutput, ID: w.id*2 + 1, Name: name}}
+	return []keeper.Key{{Kind: keeper.KindOutput, ID: w.ID * 2, Name: name}, {Kind: keeper.KindOutput, ID: w.ID*2 + 1, Name: name}}
 }
 
 // copyOutput logs what a worker prints, line by line, as text: whatever it is, it

@@ -9,6 +9,7 @@ import (
 	"github.com/fxamacker/cbor/v2"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
+	"github.com/ktlsvisor/ktlsvisor/internal/ownership"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 	"github.com/ktlsvisor/ktlsvisor/pidfd"
@@ -30,7 +31,7 @@ type recovery struct {
 // inventory is what one worker says it has.
 type inventory struct {
 	nonce uint64
-	held  map[uint64]wire.Held
+	held  []wire.Held
 	last  bool
 }
 
@@ -51,7 +52,7 @@ func (s *Supervisor) recoverAll(ctx context.Context, done func()) error {
 		return err
 	}
 	for _, w := range s.workers {
-		if w.unready && len(w.sessions) == 0 {
+		if w.unready && len(w.Sessions) == 0 {
 			s.kill(w, "it was not ready yet when the supervisor ended")
 		}
 	}
@@ -60,7 +61,8 @@ func (s *Supervisor) recoverAll(ctx context.Context, done func()) error {
 		if w.ch == nil || w.state == workerStarting || w.killed {
 			continue
 		}
-		w.inventory = &inventory{nonce: uint64(s.incarnation), held: map[uint64]wire.Held{}}
+		w.inventory = &inventory{nonce: uint64(s.incarnation)}
+		w.Awaited = true
 		s.recovery.waiting++
 		s.send(w, &wire.Message{Type: wire.TypeInventory, Nonce: uint64(s.incarnation)})
 	}
@@ -101,8 +103,9 @@ func (s *Supervisor) recoverWorker(e *keeper.Entry) error {
 		sys.CloseAll(e.FDs[1:])
 		return err
 	}
-	w := &worker{id: e.Key.ID, pid: meta.PID, gen: meta.Gen, command: meta.Command, pool: p, proc: proc,
-		schemas: meta.Schemas, rekeys: meta.Rekeys, able: meta.Able, quarantine: meta.Quarantine, sessions: map[uint64]*session{}, state: workerReady}
+	w := &worker{pid: meta.PID, gen: meta.Gen, command: meta.Command, pool: p, proc: proc,
+		schemas: meta.Schemas, rekeys: meta.Rekeys, able: meta.Able, quarantine: meta.Quarantine, state: workerReady}
+	w.ID, w.X = e.Key.ID, w
 	switch {
 	case meta.Detached:
 		w.state = workerDetached
@@ -117,9 +120,12 @@ func (s *Supervisor) recoverWorker(e *keeper.Entry) error {
 		w.state = workerRetiring
 	}
 	s.recoverWard(w)
-	s.workers[w.id], p.workers[w.id] = w, w
-	s.lastWorker = max(s.lastWorker, w.id)
+	s.workers[w.ID], p.workers[w.ID] = w, w
+	s.lastWorker = max(s.lastWorker, w.ID)
 	s.watch(w)
+	if w.state == workerDetached {
+		s.m.Cut(&w.Worker, true)
+	}
 	w.greeted, w.retained, w.unready = true, true, !meta.Ready && !meta.Detached
 	return nil
 }
@@ -178,15 +184,15 @@ func (s *Supervisor) recoverSessions(ctx context.Context) error {
 	for id := range retained {
 		if s.sessions[id] == nil { // ended, or never entered
 			s.retain.shutdown(id)
-			s.retain.delete((&session{id: id}).key())
+			s.retain.delete(keeper.Key{Kind: keeper.KindSocket, ID: id})
 		}
 	}
 	return nil
 }
 
 func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, retained map[uint64]bool) {
-	ss := &session{id: e.ID, slot: slot, epoch: e.Epoch, group: e.Group, moves: e.Moves, accepted: e.Accepted, software: e.Software,
-		rxBase: e.RXBase, owes: e.Owes, crashes: e.Crashes}
+	ss := &session{slot: slot, moves: e.Moves, accepted: e.Accepted, software: e.Software, rxBase: e.RXBase, owes: e.Owes, crashes: e.Crashes}
+	ss.ID, ss.Epoch, ss.X = e.ID, e.Epoch, ss
 	f, err := s.led.facts(slot)
 	if err == nil && s.pools[f.Pool] == nil {
 		err = fmt.Errorf("pool %q is unknown", f.Pool)
@@ -202,23 +208,24 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 		return
 	}
 	ss.pool = s.pools[f.Pool]
-	s.sessions[ss.id] = ss
-	s.recoverSuspect(ss)
+	s.sessions[ss.ID] = ss
 	if ss.owes != 0 {
-		s.owing[ss.id] = ss
+		s.owing[ss.ID] = ss
 	}
-	if e.Phase == slotOwned {
-		ss.owner = s.workers[e.Owner]
-		if ss.owner != nil {
-			ss.owner.sessions[ss.id] = ss
-		}
+	var owner *ownership.Worker
+	if w := s.workers[e.Owner]; e.Phase == slotOwned && w != nil {
+		owner = &w.Worker
 	}
-	if ss.group != "" {
-		s.joinGroup(ss)
+	var group *ownership.GroupKey
+	if e.Group != "" {
+		k := ss.pool.groupKey(e.Group)
+		group = &k
 	}
+	s.m.Restore(&ss.Session, owner, group)
+	s.recoverSuspect(ss)
 	switch {
-	case ss.owner != nil:
-	case !retained[ss.id]:
+	case owner != nil:
+	case !retained[ss.ID]:
 		s.lose(ss, "the supervisor died before the keeper had its socket")
 	case e.Phase == slotParked:
 		r, err := s.led.record(slot, e.Software)
@@ -227,18 +234,18 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 			return
 		}
 		flags := e.Flags
-		if flags == wire.FlagRestored { // the application's state was in the dead supervisor's memory only
+		if flags&wire.FlagRestored != 0 && flags&wire.FlagInterrupted == 0 { // the application's state was in the dead supervisor's memory only
 			flags |= wire.FlagInterrupted
 			s.led.count(cntInterrupted, 1)
 		}
 		s.park(ss, wire.Cargo{Record: r.current()}, flags)
 	default: // its owner's death had been seen: only then is a worker forgotten
-		s.orphan(ss, &worker{id: e.Owner, sessions: map[uint64]*session{}})
+		s.m.Orphan(&ss.Session, &ownership.Worker{ID: e.Owner})
 	}
 }
 
 func (s *Supervisor) bigFacts(ctx context.Context, ss *session) ([]byte, error) {
-	entries, err := s.keeper.Get(ctx, keeper.KindBlob, ss.id)
+	entries, err := s.keeper.Get(ctx, keeper.KindBlob, ss.ID)
 	if err != nil {
 		return nil, err
 	}
@@ -257,9 +264,7 @@ func (s *Supervisor) onInventory(w *worker, m *wire.Message) error {
 	if w.inventory == nil || w.inventory.nonce != m.Nonce {
 		return nil // for an earlier supervisor
 	}
-	for _, h := range m.Held {
-		w.inventory.held[h.ID] = h
-	}
+	w.inventory.held = append(w.inventory.held, m.Held...)
 	if !m.Last {
 		return nil
 	}
@@ -269,8 +274,9 @@ func (s *Supervisor) onInventory(w *worker, m *wire.Message) error {
 		return nil
 	}
 	s.log.Info("a worker said late what it has", "pool", w.pool.name, "pid", w.pid)
-	s.reconcile(w)
+	said := map[*ownership.Worker][]wire.Held{&w.Worker: w.inventory.held}
 	w.inventory = nil
+	s.m.Reconcile(said)
 	return nil
 }
 
@@ -302,122 +308,15 @@ func (s *Supervisor) endRecovery() {
 	if r == nil {
 		return
 	}
-	s.undoSplitGroups()
-	for _, w := range sortedWorkers(s.workers) {
+	said := map[*ownership.Worker][]wire.Held{}
+	for _, w := range s.workers {
 		if w.inventory != nil && w.inventory.last {
-			s.reconcile(w)
+			said[&w.Worker] = w.inventory.held
 			w.inventory = nil
 		}
 	}
+	s.m.Reconcile(said)
 	s.recovery = nil
 	s.log.Info("took over", "incarnation", s.incarnation, "workers", len(s.workers), "sessions", len(s.sessions))
 	r.done()
-}
-
-// undoSplitGroups finds groups of which an earlier supervisor had committed some
-// members and not all. Then it had sent RESUME for none of them, so those at the
-// new worker go back to the old one, which still has them parked.
-func (s *Supervisor) undoSplitGroups() {
-	for _, ss := range s.sessions {
-		if ss.group == "" || ss.owner == nil || ss.owner.inventory == nil || !ss.owner.inventory.last {
-			continue
-		}
-		h, ok := ss.owner.inventory.held[ss.id]
-		if !ok || h.Phase != wire.PhaseAdopted || h.Epoch != ss.epoch {
-			continue
-		}
-		for _, old := range s.workers {
-			if old == ss.owner || old.inventory == nil || !old.inventory.last {
-				continue
-			}
-			p, ok := old.inventory.held[ss.id]
-			if !ok || p.Phase != wire.PhaseParked || !s.uncommittedMember(ss, old) {
-				continue
-			}
-			delete(ss.owner.sessions, ss.id)
-			ss.owner, ss.epoch = old, p.Epoch
-			if e, ok := s.led.before(ss.slot); ok && e.ID == ss.id && e.Epoch == p.Epoch {
-				ss.rxBase = e.RXBase // it counts on from its own adoption
-			}
-			old.sessions[ss.id] = ss
-			s.led.put(ss.slot, ss.slotEntry())
-			if g := s.groupOf(ss); g != nil {
-				g.home = old
-			}
-			break
-		}
-	}
-}
-
-// uncommittedMember says whether a member of ss's group is still owned by old.
-func (s *Supervisor) uncommittedMember(ss *session, old *worker) bool {
-	for _, o := range old.sessions {
-		if o.group == ss.group && o.pool == ss.pool {
-			return true
-		}
-	}
-	return false
-}
-
-// reconcile brings one worker and the ledger into line: what the ledger does not
-// say was committed did not happen.
-func (s *Supervisor) reconcile(w *worker) {
-	held := w.inventory.held
-	var resume, thaw, release, abort, ack []wire.Ref
-	groups := map[string][]wire.Ref{} // THAW, whole groups
-	resumeGroups := map[string][]wire.Ref{}
-	for id, h := range held {
-		ss := s.sessions[id]
-		mine := ss != nil && ss.owner == w
-		ref, try := wire.Ref{ID: id, Epoch: h.Epoch}, wire.Ref{ID: id, Epoch: h.Attempt}
-		switch h.Phase {
-		case wire.PhaseClosed:
-			if mine {
-				s.led.countClosed(max(h.Reason, wire.ReasonPeer))
-				s.end(ss)
-			}
-			ack = append(ack, ref)
-		case wire.PhaseAdopted:
-			switch {
-			case mine && h.Epoch == ss.epoch && ss.group != "":
-				resumeGroups[ss.group] = append(resumeGroups[ss.group], ref)
-			case mine && h.Epoch == ss.epoch:
-				resume = append(resume, ref)
-			default:
-				abort = append(abort, ref)
-			}
-		case wire.PhaseParked, wire.PhaseFreezing:
-			switch {
-			case mine && h.Group != "":
-				groups[h.Group] = append(groups[h.Group], try)
-			case mine:
-				thaw = append(thaw, try)
-			case h.Phase == wire.PhaseParked:
-				release = append(release, try)
-			}
-		default:
-			if !mine {
-				s.log.Error("a worker serves a session that is not its own; it is told to end it", "pid", w.pid, "session", sid(id))
-				s.sendRefs(w, wire.TypeClose, []wire.Ref{ref})
-			}
-		}
-	}
-	for id, ss := range w.sessions {
-		if _, ok := held[id]; !ok {
-			s.led.count(cntClosedUnknown, 1)
-			s.log.Warn("session ended, its worker does not know why", "session", sid(id), "pid", w.pid)
-			s.end(ss)
-		}
-	}
-	s.sendRefs(w, wire.TypeAbort, abort)
-	s.sendRefs(w, wire.TypeRelease, release)
-	s.sendRefs(w, wire.TypeThaw, thaw)
-	for name, refs := range groups {
-		s.sendGroup(w, wire.TypeThaw, name, refs)
-	}
-	s.sendRefs(w, wire.TypeResume, resume)
-	for name, refs := range resumeGroups {
-		s.sendGroup(w, wire.TypeResume, name, refs)
-	}
-	s.sendRefs(w, wire.TypeClosedAck, ack)
 }

@@ -63,7 +63,7 @@ func TestCrashAfterCommitRollsForward(t *testing.T) {
 	if m := old.expect(wire.TypeRelease); m.Refs[0] != try {
 		t.Fatalf("RELEASE %+v, want %+v", m, try)
 	}
-	if owner, _ := u.owner(own.ID); owner != young.w.id {
+	if owner, _ := u.owner(own.ID); owner != young.w.ID {
 		t.Errorf("owner %d", owner)
 	}
 }
@@ -82,7 +82,7 @@ func TestCrashBeforeCommitRollsBack(t *testing.T) {
 	if m := old.expect(wire.TypeThaw); m.Refs[0] != try {
 		t.Fatalf("THAW %+v", m)
 	}
-	if owner, e := u.owner(own.ID); owner != old.w.id || e.Epoch != own.Epoch {
+	if owner, e := u.owner(own.ID); owner != old.w.ID || e.Epoch != own.Epoch {
 		t.Errorf("the ledger says %+v", e)
 	}
 	// The move goes on by itself, with an epoch of the new incarnation.
@@ -154,8 +154,8 @@ func TestDetachedWorkerKeepsItsSessionsOverACrash(t *testing.T) {
 	u.recovered()
 	other := u.worker(1)
 	u.silent(other)
-	if owner, _ := u.owner(own.ID); owner != w.w.id {
-		t.Fatalf("owner %d, want the worker that still serves it, %d", owner, w.w.id)
+	if owner, _ := u.owner(own.ID); owner != w.w.ID {
+		t.Fatalf("owner %d, want the worker that still serves it, %d", owner, w.w.ID)
 	}
 	w.kill()
 	if it := other.expect(wire.TypeAdopt).Items[0]; it.ID != own.ID {
@@ -173,7 +173,7 @@ func TestCrashInTheMiddleOfAGroupsCommit(t *testing.T) {
 	u.s.call(func() {
 		ss := u.s.sessions[fr.Refs[0].ID]
 		e := ss.slotEntry()
-		e.Owner, e.Epoch = young.w.id, fr.Refs[0].Epoch
+		e.Owner, e.Epoch = young.w.ID, fr.Refs[0].Epoch
 		u.s.led.put(ss.slot, e)
 	})
 	u.crash()
@@ -195,8 +195,8 @@ func TestCrashInTheMiddleOfAGroupsCommit(t *testing.T) {
 		t.Fatalf("THAW %+v", m)
 	}
 	for _, m := range ms {
-		if owner, e := u.owner(m.ID); owner != old.w.id || e.Epoch != m.Epoch {
-			t.Errorf("the ledger says %+v, want owner %d, epoch %d", e, old.w.id, m.Epoch)
+		if owner, e := u.owner(m.ID); owner != old.w.ID || e.Epoch != m.Epoch {
+			t.Errorf("the ledger says %+v, want owner %d, epoch %d", e, old.w.ID, m.Epoch)
 		}
 	}
 }
@@ -210,7 +210,7 @@ func TestSilentWorkerKeepsItsSessions(t *testing.T) {
 	w.expect(wire.TypeInventory)
 	u.s.call(func() { u.s.recoveryTimedOut() })
 	u.recovered()
-	if owner, _ := u.owner(own.ID); owner != w.w.id {
+	if owner, _ := u.owner(own.ID); owner != w.w.ID {
 		t.Errorf("owner %d", owner)
 	}
 }

@@ -77,13 +77,13 @@ func (s *Supervisor) owe(ss *session, o owed) {
 		return
 	}
 	ss.owes = o
-	if ss.owner != nil { // else interrupted records all of it, and how it comes to its next owner
+	if ss.owner() != nil { // else interrupted records all of it, and how it comes to its next owner
 		s.led.put(ss.slot, ss.slotEntry())
 	}
 	if o == 0 {
-		delete(s.owing, ss.id)
+		delete(s.owing, ss.ID)
 	} else {
-		s.owing[ss.id] = ss
+		s.owing[ss.ID] = ss
 	}
 }
 
@@ -95,7 +95,7 @@ func (s *Supervisor) onRekey(w *worker, m *wire.Message) error {
 		if ss == nil {
 			continue // it has ended meanwhile
 		}
-		if ss.owner != w || ss.epoch != r.Epoch {
+		if ss.owner() != w || ss.Epoch != r.Epoch {
 			return fmt.Errorf("%w: %s for session %s, which it does not own", wire.ErrProtocol, m.Type, sid(r.ID))
 		}
 		if ss.software != (m.Type == wire.TypeSent && ss.rekey != nil && ss.rekey.stage == stageSelf) {
@@ -134,7 +134,7 @@ func (s *Supervisor) onKeyUpdate(ss *session, m *wire.Rekey) error {
 	defer k.wipe()
 	goal := uint64(ss.rxBase) + m.Count
 	if k.current == nil || m.Count == 0 || goal > uint64(k.gen)+1 {
-		return fmt.Errorf("%w: KEY_UPDATE %d for session %s, which has followed %d", wire.ErrProtocol, m.Count, sid(ss.id), k.gen-ss.rxBase)
+		return fmt.Errorf("%w: KEY_UPDATE %d for session %s, which has followed %d", wire.ErrProtocol, m.Count, sid(ss.ID), k.gen-ss.rxBase)
 	}
 	if m.Request {
 		s.owe(ss, ss.owes|owesUpdate)
@@ -188,7 +188,7 @@ func (s *Supervisor) startUpdate(ss *session, o owed) {
 		// An answer to what came before is on its way. A request that came after it wants
 		// another one.
 		r.again = true
-	case r.stage != stageNone, s.now().Before(r.retryAt), ss.attempt != nil, ss.owner == nil, !ss.owner.usable(), !ss.owner.rekeys:
+	case r.stage != stageNone, s.now().Before(r.retryAt), ss.Try != nil, ss.owner() == nil, !ss.owner().usable(), !ss.owner().rekeys:
 		// Under way; or pump comes back to it, with whoever owns it then.
 	default:
 		r.retryAt = time.Time{}
@@ -217,7 +217,7 @@ func (s *Supervisor) onPaused(ss *session, m *wire.Rekey) {
 	switch {
 	case m.Failed != "": // the session is at its end, or does not send any more
 		forget(c)
-		if ss.attempt == nil { // otherwise its next owner may have more luck
+		if ss.Try == nil { // otherwise its next owner may have more luck
 			s.owe(ss, 0)
 		}
 		s.endUpdate(ss, errors.New(m.Failed))
@@ -225,7 +225,7 @@ func (s *Supervisor) onPaused(ss *session, m *wire.Rekey) {
 	case r.stage == stagePaused || r.stage == stageSending || r.stage == stageSent:
 		forget(c)
 		return // told twice
-	case k.next == nil && (ss.owes == 0 || ss.attempt != nil):
+	case k.next == nil && (ss.owes == 0 || ss.Try != nil):
 		// Nothing to do any more; or the session is on its way to another owner, who does it.
 		forget(c)
 		s.continueWriting(ss, errMovesFirst)
@@ -387,21 +387,21 @@ func (s *Supervisor) endUpdate(ss *session, err error) {
 
 // failKeys ends a session whose keys are in doubt.
 func (s *Supervisor) failKeys(ss *session, answer wire.Type, err error) {
-	s.log.Error("session closed: its keys could not be changed", "session", sid(ss.id), "error", err)
+	s.log.Error("session closed: its keys could not be changed", "session", sid(ss.ID), "error", err)
 	s.owe(ss, 0)
 	s.sayRekey(ss, answer, wire.Rekey{Failed: wire.Clip("keys could not be changed: " + err.Error())})
 	s.endUpdate(ss, err)
-	if ss.owner == nil {
+	if ss.owner() == nil {
 		s.lose(ss, "its keys are in doubt: "+err.Error())
 	}
 }
 
 func (s *Supervisor) sayRekey(ss *session, t wire.Type, r wire.Rekey) {
-	if ss.owner == nil {
+	if ss.owner() == nil {
 		return
 	}
-	r.Ref = wire.Ref{ID: ss.id, Epoch: ss.epoch}
-	s.send(ss.owner, &wire.Message{Type: t, Rekeys: []wire.Rekey{r}})
+	r.Ref = wire.Ref{ID: ss.ID, Epoch: ss.Epoch}
+	s.send(ss.owner(), &wire.Message{Type: t, Rekeys: []wire.Rekey{r}})
 }
 
 // parkedKeys is told that a session was parked. Its owner had to end a change of keys
@@ -412,7 +412,7 @@ func (s *Supervisor) parkedKeys(ss *session) error {
 		return nil
 	}
 	if r.rx || r.stage > stagePausing && r.stage != stageSelf {
-		return fmt.Errorf("%w: PARKED for session %s, whose keys are being changed", wire.ErrProtocol, sid(ss.id))
+		return fmt.Errorf("%w: PARKED for session %s, whose keys are being changed", wire.ErrProtocol, sid(ss.ID))
 	}
 	switch r.stage {
 	case stageNone:

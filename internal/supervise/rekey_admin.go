@@ -47,11 +47,11 @@ func (s *Supervisor) updateKeys(ss *session, request bool, then func(error)) {
 		err = errKernelCannot
 	case s.quiescing:
 		err = errBeingReplaced
-	case ss.owner == nil, ss.attempt != nil:
+	case ss.owner() == nil, ss.Try != nil:
 		err = errOnTheMove
-	case !ss.owner.usable():
+	case !ss.owner().usable():
 		err = errUnreachable
-	case !ss.owner.rekeys:
+	case !ss.owner().rekeys:
 		err = errNotTheWorker
 	}
 	if err != nil {

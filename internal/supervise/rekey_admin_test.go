@@ -100,9 +100,9 @@ func TestRekeyLeavesAlone(t *testing.T) {
 		unsupported bool
 	}{
 		"a kernel that cannot":            {func(u *unit, _ *session) { u.s.kernel.Rekey = false }, "6.14", true},
-		"a worker that cannot be reached": {func(_ *unit, ss *session) { ss.owner.state = workerDetached }, "cannot be reached", false},
-		"a session on the move":           {func(_ *unit, ss *session) { ss.attempt = &attempt{s: ss} }, "on its way to another worker", false},
-		"a session of nobody":             {func(_ *unit, ss *session) { ss.owner = nil }, "on its way to another worker", false},
+		"a worker that cannot be reached": {func(_ *unit, ss *session) { ss.owner().state = workerDetached }, "cannot be reached", false},
+		"a session on the move":           {func(_ *unit, ss *session) { ss.Try = &attempt{Session: &ss.Session} }, "on its way to another worker", false},
+		"a session of nobody":             {func(_ *unit, ss *session) { ss.Owner = nil }, "on its way to another worker", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			u, f, ref, _ := keyed(t)

@@ -79,12 +79,12 @@ func TestKeyUpdatesAreCountedOverAGroupsWayBack(t *testing.T) {
 	u.s.call(func() { // it dies between the commits
 		for _, try := range fr.Refs {
 			ss := u.s.sessions[try.ID]
-			held = append(held, wire.Held{Ref: wire.Ref{ID: try.ID, Epoch: ss.epoch}, Phase: wire.PhaseParked, Attempt: try.Epoch, Group: "room"})
+			held = append(held, wire.Held{Ref: wire.Ref{ID: try.ID, Epoch: ss.Epoch}, Phase: wire.PhaseParked, Attempt: try.Epoch, Group: "room"})
 			if try.ID == ref.ID {
 				there = wire.Held{Ref: try, Phase: wire.PhaseAdopted, Group: "room"}
-				a := ss.attempt
-				a.gm, a.cargo.Record = nil, nil
-				u.s.commit(a)
+				e := ss.slotEntry()
+				e.Owner, e.Epoch, e.Phase, e.RXBase = young.w.ID, ss.Try.Epoch, slotOwned, u.s.led.keys(ss.slot, ktls.Receiving).gen
+				u.s.led.put(ss.slot, e)
 			}
 		}
 	})

@@ -77,7 +77,7 @@ func (s *Supervisor) onSocket(ss *session, f func(fd int) error, then func(error
 	r.ops++
 	s.keyOps++
 	go func() {
-		err := s.withSocket(ss.id, f)
+		err := s.withSocket(ss.ID, f)
 		// Nothing was done then. The keeper may be short of something for a moment, and a
 		// session is at stake.
 		for tries := 0; tries < socketTries && errors.Is(err, errNoSocket); tries++ {
@@ -85,12 +85,12 @@ func (s *Supervisor) onSocket(ss *session, f func(fd int) error, then func(error
 			case <-s.ctx.Done():
 			case <-time.After(socketPause):
 			}
-			err = s.withSocket(ss.id, f)
+			err = s.withSocket(ss.ID, f)
 		}
 		s.post(func() {
 			s.keyOps--
 			r.ops--
-			if s.sessions[ss.id] != ss {
+			if s.sessions[ss.ID] != ss {
 				return
 			}
 			if r.settled != nil {

@@ -58,7 +58,7 @@ func (s *Supervisor) retireSurplus(op *operation) {
 	n := 0
 	for _, w := range surplus {
 		op.leaving[w] = true
-		n += len(w.sessions)
+		n += len(w.Sessions)
 		if w.state == workerStarting {
 			s.kill(w, "the pool is scaled down")
 			continue
@@ -121,7 +121,7 @@ func drainable(w *worker) error {
 		}
 		return nil
 	case workerDetached:
-		return fmt.Errorf("worker (pid %d) cannot be reached: %w; it ends when its %d sessions have ended", w.pid, w.broke, len(w.sessions))
+		return fmt.Errorf("worker (pid %d) cannot be reached: %w; it ends when its %d sessions have ended", w.pid, w.broke, len(w.Sessions))
 	default:
 		return fmt.Errorf("worker (pid %d) is %s", w.pid, w.state)
 	}
@@ -134,7 +134,7 @@ func (s *Supervisor) retireDrained(op *operation) {
 		if w.state == workerReady {
 			w.state = workerRetiring
 		}
-		op.say("pool %s: moving %d sessions away from pid %d", op.pool.name, len(w.sessions), w.pid)
+		op.say("pool %s: moving %d sessions away from pid %d", op.pool.name, len(w.Sessions), w.pid)
 	}
 }
 
@@ -222,7 +222,7 @@ func (s *Supervisor) stepTask(op *operation) {
 // drainsLiving says whether the worker to be drained is still there.
 func (op *operation) drainsLiving() bool {
 	for w := range op.leaving {
-		if op.pool.workers[w.id] == w && w.usable() {
+		if op.pool.workers[w.ID] == w && w.usable() {
 			return true
 		}
 	}
@@ -255,7 +255,7 @@ func (s *Supervisor) taskReport(op *operation) *admin.TaskReport {
 		if !slices.Contains(r.OldPIDs, w.pid) {
 			out.StartedPIDs = append(out.StartedPIDs, w.pid)
 		}
-		out.Spread = append(out.Spread, admin.WorkerStatus{PID: w.pid, Generation: w.gen, State: w.state.String(), Sessions: len(w.sessions)})
+		out.Spread = append(out.Spread, admin.WorkerStatus{PID: w.pid, Generation: w.gen, State: w.state.String(), Sessions: len(w.Sessions)})
 	}
 	switch {
 	case r.Lost > 0:

@@ -65,10 +65,10 @@ func TestRebalance(t *testing.T) {
 	}
 	wantLoads(t, u.loadOf(a, b, c), 4, 4, 4)
 	u.s.call(func() {
-		for _, g := range u.s.groups {
-			for _, ss := range g.members {
-				if ss.owner != g.home {
-					t.Errorf("%s of group %s is not at its home", sid(ss.id), g.key.name)
+		for _, g := range u.s.m.Groups() {
+			for _, ss := range g.Members {
+				if ss.Owner != g.Home {
+					t.Errorf("%s of group %s is not at its home", sid(ss.ID), g.Key.Name)
 				}
 			}
 		}
@@ -101,8 +101,9 @@ func TestRebalanceComesToAnEnd(t *testing.T) {
 		n := rapid.IntRange(2, 5).Draw(rt, "workers")
 		total := 0
 		for i := range n {
-			w := &worker{id: uint64(i), gen: 1}
-			p.workers[w.id] = w
+			w := &worker{gen: 1}
+			w.ID = uint64(i)
+			p.workers[w.ID] = w
 			sizes[w] = rapid.SliceOfN(rapid.IntRange(1, 7), 0, 12).Draw(rt, fmt.Sprint("groups of ", i))
 			for _, k := range sizes[w] {
 				loads[w] += k
@@ -187,7 +188,7 @@ func TestDrain(t *testing.T) {
 		t.Errorf("report %+v", r)
 	}
 	pa.set(func() { pa.stubborn = false })
-	u.until(func() bool { return len(b.w.sessions) == 4 && a.w.state == workerStopping })
+	u.until(func() bool { return len(b.w.Sessions) == 4 && a.w.state == workerStopping })
 }
 
 // Scaling up that fails leaves the pool as it was; scaling down moves the sessions of
@@ -211,11 +212,11 @@ func TestScale(t *testing.T) {
 	wantLoads(t, u.loadOf(a, b), 3, 3)
 	c := u.task(scale(1))
 	u.until(func() bool {
-		return len(a.w.sessions)+len(b.w.sessions) == 6 && (len(a.w.sessions) == 6 || len(b.w.sessions) == 6)
+		return len(a.w.Sessions)+len(b.w.Sessions) == 6 && (len(a.w.Sessions) == 6 || len(b.w.Sessions) == 6)
 	})
 	gone := a
 	u.s.call(func() {
-		if len(a.w.sessions) == 6 {
+		if len(a.w.Sessions) == 6 {
 			gone = b
 		}
 	})

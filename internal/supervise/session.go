@@ -4,33 +4,23 @@ import (
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
+	"github.com/ktlsvisor/ktlsvisor/internal/ownership"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
 
-// session is the ledger's view of one session in this process; what must survive
-// the process is in its slot.
-//
-//	             +--- refused, target died ---+
-//	             v                            |
-//	parked --ADOPT--> adopting --ADOPTED--> owned --FREEZE--> freezing --PARKED--> adopting
-//	                                          ^                  |                    |
-//	                                          +------ THAW ------+--------------------+
-//
-// owner is nil only while the session is parked and no worker holds a copy.
+// session is what this process knows of one session; who owns it is internal/ownership's
+// to decide, and what must survive the process is in its slot.
 type session struct {
-	id    uint64
+	ownership.Session
 	slot  int
 	pool  *pool
-	owner *worker
-	epoch wire.Epoch // of the ownership
-	group string
 	moves uint32
 
 	accepted int64 // Unix nanoseconds
 	software bool
-	attempt  *attempt
 	retryAt  time.Time // not frozen again before
-	refusals int       // in a row, while parked
+	refusals int       // in a row, while nobody owns it
+	refused  string    // why the attempt that is being undone came to nothing
 	// refusedBy names the workers that could not take it since it last moved.
 	refusedBy []uint64
 
@@ -38,81 +28,64 @@ type session struct {
 	joinFails int    // moves to a group's home that failed in a row
 	bigFacts  []byte // facts too large for the slot
 
-	estate *estate // its owner died, and it has no other yet; see estate.go
-
 	// Changes of keys: see rekey.go.
 	rekey  *rekeying // under way
 	rxBase uint32
 	owes   owed
 
-	crashes uint8 // of workers in a row that were handling it; see poison.go
+	estate  *estate // its owner died, and it has no other yet; see estate.go
+	crashes uint8   // of workers in a row that were handling it; see poison.go
 
-	// While owner is nil and attempt is nil: what an adopting worker gets.
+	// What an adopting worker gets: of a session that nobody owns, or that its owner
+	// has parked.
 	cargo wire.Cargo
 	flags wire.Flags
 }
 
-func (ss *session) key() keeper.Key { return keeper.Key{Kind: keeper.KindSocket, ID: ss.id} }
+// attempt is one try to give one session another owner.
+type attempt = ownership.Try
 
-func (ss *session) overflowKey() keeper.Key {
-	return keeper.Key{Kind: keeper.KindBlob, ID: ss.id, Name: "facts"}
+func sessionOf(s *ownership.Session) *session { return s.X.(*session) }
+
+func workerOf(w *ownership.Worker) *worker {
+	if w == nil {
+		return nil
+	}
+	return w.X.(*worker)
 }
 
-// step is how far an attempt has come.
-type step uint8
+// owner is nil while nobody owns the session.
+func (ss *session) owner() *worker { return workerOf(ss.Owner) }
 
-const (
-	stepFreezing step = iota // FREEZE sent
-	stepParked               // PARKED here, waiting for the rest of its group
-	stepAdopting             // ADOPT sent
-)
+func (ss *session) groupName() string {
+	if ss.Group == nil {
+		return ""
+	}
+	return ss.Group.Key.Name
+}
 
-// attempt is one try to give one session another owner, with an epoch of its own.
-type attempt struct {
-	s        *session
-	epoch    wire.Epoch
-	from     *worker // nil: the session is parked here
-	to       *worker // nil until the target is chosen
-	step     step
-	began    time.Time
-	deadline time.Time
-	cargo    wire.Cargo
-	flags    wire.Flags
-	gm       *groupMove // the group it moves with
-	dest     *worker    // wanted target (a group's home); nil: least loaded
-	joins    string     // the group it moves for
-	adopted  bool       // ADOPTED came; the group is not complete yet
+func (ss *session) key() keeper.Key { return keeper.Key{Kind: keeper.KindSocket, ID: ss.ID} }
+
+func (ss *session) overflowKey() keeper.Key {
+	return keeper.Key{Kind: keeper.KindBlob, ID: ss.ID, Name: "facts"}
 }
 
 // slotEntry is what the slot should say.
 func (ss *session) slotEntry() entry {
-	e := entry{ID: ss.id, Epoch: ss.epoch, Accepted: ss.accepted, Moves: ss.moves,
-		Software: ss.software, Flags: ss.flags, Group: ss.group, Phase: slotParked,
+	e := entry{ID: ss.ID, Epoch: ss.Epoch, Accepted: ss.accepted, Moves: ss.moves,
+		Software: ss.software, Flags: ss.flags, Group: ss.groupName(), Phase: slotParked,
 		RXBase: ss.rxBase, Owes: ss.owes, Crashes: ss.crashes}
-	if ss.owner != nil {
-		e.Owner, e.Phase = ss.owner.id, slotOwned
+	if ss.Owner != nil {
+		e.Owner, e.Phase = ss.Owner.ID, slotOwned
 	} else if ss.estate != nil {
 		e.Owner, e.Phase = ss.estate.worker, slotOwned // what it can go on from is in that worker's arena
 	}
 	return e
 }
 
-func (s *Supervisor) nextEpoch() wire.Epoch {
-	s.trim.Did(1) // a handshake, or a move
-	s.epochs++
-	return wire.NewEpoch(s.incarnation, s.epochs)
-}
-
-// end forgets a session that has ended and been counted. The keeper closes its
+// forget drops a session that has ended and been counted. The keeper closes its
 // duplicate of the socket.
-func (s *Supervisor) end(ss *session) {
-	if a := ss.attempt; a != nil {
-		s.dropAttempt(a)
-	}
-	if ss.owner != nil {
-		delete(ss.owner.sessions, ss.id)
-	}
-	s.leaveGroup(ss)
+func (s *Supervisor) forget(ss *session) {
 	s.settled(ss)
 	if r := ss.rekey; r != nil {
 		for _, f := range r.waiters {
@@ -120,11 +93,11 @@ func (s *Supervisor) end(ss *session) {
 		}
 		ss.rekey = nil
 	}
-	delete(s.owing, ss.id)
-	delete(s.sessions, ss.id)
-	delete(ss.pool.parked, ss.id)
-	delete(ss.pool.stays, ss.id)
-	delete(ss.pool.ward.suspects, ss.id)
+	delete(s.owing, ss.ID)
+	delete(s.sessions, ss.ID)
+	delete(ss.pool.parked, ss.ID)
+	delete(ss.pool.stays, ss.ID)
+	delete(ss.pool.ward.suspects, ss.ID)
 	s.retain.delete(ss.key())
 	if f, err := s.led.facts(ss.slot); err == nil && f.Overflow {
 		s.retain.delete(ss.overflowKey())
@@ -135,16 +108,7 @@ func (s *Supervisor) end(ss *session) {
 }
 
 // lose ends a session that no one can serve any more: its peer gets FIN.
-func (s *Supervisor) lose(ss *session, why string) {
-	s.led.count(cntLost, 1)
-	s.log.Error("session lost", "session", sid(ss.id), "pool", ss.pool.name, "why", why)
-	if op := ss.pool.op; op != nil {
-		op.report.Lost++
-		op.reason(why)
-	}
-	s.retain.shutdown(ss.id)
-	s.end(ss)
-}
+func (s *Supervisor) lose(ss *session, why string) { s.m.Lose(&ss.Session, why) }
 
 func wipe(b []byte) {
 	for i := range b {

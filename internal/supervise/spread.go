@@ -1,23 +1,14 @@
 package supervise
 
 // heading is where an attempt is going, as far as that is known.
-func (a *attempt) heading() *worker {
+func heading(t *attempt) *worker {
 	switch {
-	case a.to != nil:
-		return a.to
-	case a.gm != nil:
-		return a.gm.dest
+	case t.To != nil:
+		return workerOf(t.To)
+	case t.Move != nil:
+		return workerOf(t.Move.Dest)
 	}
-	return a.dest
-}
-
-// target is the worker that a group goes to.
-func (gm *groupMove) target() *worker {
-	p := gm.g.key.pool
-	if w := gm.dest; w != nil && p.takes(w, w.gen) {
-		return w
-	}
-	return p.target()
+	return workerOf(t.Dest)
 }
 
 // shift freezes up to n sessions of one worker on their way to another, groups
@@ -25,31 +16,33 @@ func (gm *groupMove) target() *worker {
 // been asked. It returns how many have been asked.
 func (s *Supervisor) shift(from, to *worker, n int, fits func(size, done int) bool) (done int) {
 	now, room := s.now(), window
-	for _, ss := range from.sessions {
-		if ss.attempt != nil {
+	for _, ls := range from.Sessions {
+		ss := sessionOf(ls)
+		if ss.Try != nil {
 			room--
 		}
 	}
 	var list []*session
-	for _, ss := range from.sessions {
+	for _, ls := range from.Sessions {
+		ss := sessionOf(ls)
 		if done >= n || room <= 0 {
 			break
 		}
-		if ss.attempt != nil || now.Before(ss.retryAt) {
+		if ss.Try != nil || now.Before(ss.retryAt) {
 			continue
 		}
-		g := s.groupOf(ss)
+		g := ss.Group
 		if g == nil {
 			list = append(list, ss)
 			done++
 			room--
 			continue
 		}
-		if !fits(len(g.members), done) {
+		if !fits(len(g.Members), done) {
 			continue
 		}
 		if k := s.freezeGroup(g); k > 0 {
-			g.move.dest = to
+			g.Move.Dest = &to.Worker
 			done += k
 			room -= k
 		}
@@ -69,16 +62,16 @@ func (s *Supervisor) loads(p *pool) (loads map[*worker]int, underway int) {
 	loads = map[*worker]int{}
 	for _, w := range p.workers {
 		if p.takes(w, p.serving) {
-			loads[w] = len(w.sessions)
+			loads[w] = len(w.Sessions)
 		}
 	}
-	for a := range s.attempts {
-		if a.s.pool != p {
+	for a := range s.m.Tries() {
+		if sessionOf(a.Session).pool != p {
 			continue
 		}
-		to := a.heading()
-		if _, ok := loads[a.from]; ok && to != nil {
-			loads[a.from]--
+		from, to := workerOf(a.From), heading(a)
+		if _, ok := loads[from]; ok && to != nil {
+			loads[from]--
 		}
 		if _, ok := loads[to]; ok {
 			loads[to]++
@@ -136,8 +129,9 @@ func (s *Supervisor) spread(p *pool) bool {
 		n := s.shift(most, fewest, want, func(size, done int) bool { return helps(size, done, diff) })
 		if n == 0 {
 			stuck[most] = true
-			for _, ss := range most.sessions {
-				if ss.attempt == nil && now.Before(ss.retryAt) {
+			for _, ls := range most.Sessions {
+				ss := sessionOf(ls)
+				if ss.Try == nil && now.Before(ss.retryAt) {
 					later = true
 					break
 				}

@@ -60,7 +60,7 @@ func (s *Supervisor) failUpgrade(op *operation, err error) {
 		for _, w := range p.workers {
 			old = old || w.gen == op.from && w.usable()
 			if w.gen == op.to {
-				there += len(w.sessions)
+				there += len(w.Sessions)
 			}
 		}
 		forward := op.phase == opMoving || op.phase == opProbation
@@ -102,7 +102,8 @@ func (s *Supervisor) serve(p *pool, gen uint32, command []string) {
 		case w.gen != gen && w.state == workerStarting:
 			s.kill(w, "its generation is given up")
 		}
-		for _, ss := range w.sessions {
+		for _, ls := range w.Sessions {
+			ss := sessionOf(ls)
 			ss.retryAt = time.Time{}
 		}
 	}
@@ -186,7 +187,7 @@ func (s *Supervisor) canGoBack(op *operation) bool {
 
 func (s *Supervisor) poolSessions(p *pool) (n int) {
 	for _, w := range p.workers {
-		n += len(w.sessions)
+		n += len(w.Sessions)
 	}
 	return n + len(p.parked)
 }

@@ -201,10 +201,16 @@ func TestParkedGroupAfterCrash(t *testing.T) {
 	}
 	b.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(m.Items[0].Ref, m.Items[1].Ref)})
 	b.send(&wire.Message{Type: wire.TypeRefused, Refused: []wire.Refused{{Ref: m.Items[2].Ref, Why: "not now"}}})
-	b.expect(wire.TypeResume)
-	b.expect(wire.TypeAbort)
-	if again := b.expect(wire.TypeAdopt); again.Items[0].ID != m.Items[2].ID {
+	if off := b.expect(wire.TypeAbort); len(off.Refs) != 4 {
+		t.Errorf("ABORT %+v: the room is not split", off)
+	}
+	again := c.expect(wire.TypeAdopt)
+	if len(again.Items) != 4 || again.Group != "room" || !again.Last {
 		t.Errorf("ADOPT %+v", again)
 	}
-	u.silent(c) // the room is not split
+	c.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(again.Items[0].Ref, again.Items[1].Ref, again.Items[2].Ref, again.Items[3].Ref)})
+	if on := c.expect(wire.TypeResume); len(on.Refs) != 4 {
+		t.Errorf("RESUME %+v", on)
+	}
+	u.silent(b)
 }

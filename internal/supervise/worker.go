@@ -12,6 +12,7 @@ import (
 	"github.com/fxamacker/cbor/v2"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
+	"github.com/ktlsvisor/ktlsvisor/internal/ownership"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 	"github.com/ktlsvisor/ktlsvisor/pidfd"
@@ -59,7 +60,7 @@ type workerMeta struct {
 // worker is one worker process. Only the ledger's goroutine touches it, except
 // what is immutable.
 type worker struct {
-	id      uint64
+	ownership.Worker
 	pid     int
 	gen     uint32
 	command []string
@@ -70,9 +71,7 @@ type worker struct {
 
 	state    workerState
 	schemas  []state.Info
-	sessions map[uint64]*session // those it owns
-	incoming int                 // attempts that bring it a session
-	deadline time.Time           // starting: ready by; stopping: kill then
+	deadline time.Time // starting: ready by; stopping: kill then
 	killed   bool
 	eof      bool          // its channel ended
 	closedAt time.Time     // when it closed its channel itself: most likely it is dying
@@ -90,6 +89,8 @@ type worker struct {
 	deaf     bool      // it did not answer an ADOPT in time; nothing new until it says something
 
 	inventory *inventory // while one is being taken
+	mail      []letter   // decided, not yet sent
+	doubtful  bool       // nobody knows for certain which of its sessions it serves
 	beat      heartbeat
 
 	beatenDead bool           // killed because it did not answer
@@ -99,10 +100,10 @@ type worker struct {
 }
 
 func (w *worker) String() string {
-	return fmt.Sprintf("worker %d of pool %s (pid %d, generation %d)", w.id, w.pool.name, w.pid, w.gen)
+	return fmt.Sprintf("worker %d of pool %s (pid %d, generation %d)", w.ID, w.pool.name, w.pid, w.gen)
 }
 
-func (w *worker) load() int { return len(w.sessions) + w.incoming }
+func (w *worker) load() int { return len(w.Sessions) + w.Incoming }
 
 // usable says whether orders can be sent to it.
 func (w *worker) usable() bool {
@@ -114,6 +115,7 @@ func (s *Supervisor) send(w *worker, m *wire.Message) {
 	if w.ch == nil || w.out == nil {
 		return
 	}
+	s.deliverAll(w) // what was decided before
 	if !w.out.add(m) {
 		s.detach(w, errWorkerStuck)
 	}
@@ -125,7 +127,7 @@ func (s *Supervisor) sendRefs(w *worker, t wire.Type, refs []wire.Ref) {
 	}
 }
 
-func (w *worker) key() keeper.Key { return keeper.Key{Kind: keeper.KindWorker, ID: w.id} }
+func (w *worker) key() keeper.Key { return keeper.Key{Kind: keeper.KindWorker, ID: w.ID} }
 
 // retainWorker gives the keeper what the next supervisor needs; chFD belongs to
 // it from here on, -1 for a detached worker.
@@ -247,9 +249,9 @@ func (s *Supervisor) channelEnded(w *worker, ch *wire.Channel, err error) {
 	case errors.Is(err, io.EOF), errors.Is(err, os.ErrClosed):
 		// It is about to exit, or serves on without us: its death decides, if it comes.
 		w.closedAt = s.now()
+		s.refuseFor(w, "the worker closed its control channel")
 		s.closeChannel(w)
-		s.orphanParked(w)
-		s.abortAttemptsOf(w, "the worker closed its control channel")
+		s.m.Cut(&w.Worker, true)
 		if w.inventory != nil {
 			w.inventory = nil
 			s.inventoryDone()
@@ -273,14 +275,15 @@ func (s *Supervisor) detach(w *worker, err error) {
 	if w.state == workerStarting {
 		s.log.Error("a worker broke the protocol before it was ready", "pool", w.pool.name, "pid", w.pid, "error", err)
 		s.closeChannel(w)
+		s.m.Cut(&w.Worker, false)
 		s.kill(w, "protocol error before ready")
 		return
 	}
 	s.log.Error("control channel of a worker closed; its sessions stay with it, and a new worker takes its place",
-		"pool", w.pool.name, "pid", w.pid, "sessions", len(w.sessions), "error", err)
-	s.orphanParked(w)
-	s.abortAttemptsOf(w, "the control channel of the worker is closed") // queues THAWs, which still go out
+		"pool", w.pool.name, "pid", w.pid, "sessions", len(w.Sessions), "error", err)
+	s.refuseFor(w, "the control channel of the worker is closed")
 	s.closeChannel(w)
+	s.m.Cut(&w.Worker, false)
 	if w.inventory != nil {
 		w.inventory = nil
 		s.inventoryDone()
@@ -299,8 +302,11 @@ func (s *Supervisor) leftAlone(w *worker, err error) {
 	if w.broke == nil {
 		w.broke = err
 	}
-	if len(w.sessions) == 0 {
+	switch {
+	case len(w.Sessions) == 0:
 		s.kill(w, "it cannot be reached and has no sessions")
+	case w.doubtful:
+		s.kill(w, "its control channel ended before it had certainly heard which sessions it is to go on with")
 	}
 	if op := w.pool.op; op != nil && w.gen == op.to && op.phase != opBack {
 		s.failUpgrade(op, fmt.Errorf("worker (pid %d) of generation %d broke the protocol: %w", w.pid, w.gen, err))
@@ -308,16 +314,6 @@ func (s *Supervisor) leftAlone(w *worker, err error) {
 	}
 	if w.gen == w.pool.serving {
 		s.gone(w)
-	}
-}
-
-// orphanParked takes what a worker has parked, and nobody has adopted yet, from one
-// whose channel has ended: it forgets them then, so there is no way back to it.
-func (s *Supervisor) orphanParked(w *worker) {
-	for _, ss := range w.sessions {
-		if a := ss.attempt; a != nil && a.from == w && a.step == stepAdopting {
-			s.orphan(ss, w)
-		}
 	}
 }
 
@@ -334,8 +330,15 @@ func (s *Supervisor) closeChannel(w *worker) {
 		out.abandon()
 		_ = ch.Close()
 	}()
-	// Without this the keeper's duplicate would keep the channel open, and the
-	// worker would never learn that nobody listens.
+}
+
+// keepDetached tells the keeper that a worker has no channel any more. Without this
+// its duplicate would keep the channel open, and the worker would never learn that
+// nobody listens.
+func (s *Supervisor) keepDetached(w *worker) {
+	if w.state == workerDead {
+		return
+	}
 	if err := s.retainWorker(w, -1, nil); err != nil {
 		s.log.Error("worker is not kept over a restart of the supervisor", "pid", w.pid, "error", err)
 	}

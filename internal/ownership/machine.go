@@ -1,4 +1,4 @@
-package ledger
+package ownership
 
 import "github.com/ktlsvisor/ktlsvisor/internal/wire"
 
@@ -70,9 +70,9 @@ func (m *Machine) Restore(s *Session, owner *Worker, group *GroupKey) {
 }
 
 // Orphan says that the recorded owner of a restored session is dead.
-func (m *Machine) Orphan(s *Session) {
+func (m *Machine) Orphan(s *Session, owner *Worker) {
 	s.Doubt = true
-	m.emit(Effect{Kind: Settle, Session: s})
+	m.emit(Effect{Kind: Settle, Session: s, Worker: owner})
 }
 
 func (m *Machine) give(s *Session, w *Worker) {

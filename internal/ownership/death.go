@@ -1,4 +1,4 @@
-package ledger
+package ownership
 
 // Cut says that a worker can no longer be talked to: its channel has ended. It may be
 // alive; then it goes on with what it owns and forgets what it had parked or adopted.
@@ -80,7 +80,7 @@ func (m *Machine) Dead(w *Worker) {
 	for _, s := range sorted(w.Sessions) {
 		m.give(s, nil)
 		s.Doubt = true
-		m.emit(Effect{Kind: Settle, Session: s})
+		m.emit(Effect{Kind: Settle, Session: s, Worker: w})
 	}
 }
 

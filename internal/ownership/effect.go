@@ -1,4 +1,4 @@
-package ledger
+package ownership
 
 import "github.com/ktlsvisor/ktlsvisor/internal/wire"
 
@@ -31,7 +31,7 @@ const (
 	// Detached: store that the worker's channel has ended, after its Kill if there is
 	// one. A machine that does not find this asks it what it has.
 	Detached
-	// Settle: the session's owner is dead. Find out how far it came, then call
+	// Settle: the session's owner, Worker, is dead. Find out how far it came, then call
 	// SettledHeld, SettledGone or SettledLost.
 	Settle
 	// Moved: count a move, from From to Worker. From is nil for a session that

@@ -1,4 +1,4 @@
-package ledger
+package ownership
 
 import (
 	"fmt"
@@ -270,7 +270,7 @@ func (w *world) crash() {
 		w.m.Restore(s, owner, r.group)
 		switch {
 		case owner == nil && r.owner != 0:
-			w.m.Orphan(s)
+			w.m.Orphan(s, &Worker{ID: r.owner})
 		case r.owner == 0:
 			w.cargo[id] = r.kept
 		}
@@ -481,7 +481,7 @@ func TestLongSchedules(t *testing.T) {
 }
 
 // longSchedules is how many long schedules one seed gives.
-const longSchedules = 20
+const longSchedules = 6
 
 // storyEnds is how much of the beginning and of the end of the story a failure tells.
 const storyEnds = 400

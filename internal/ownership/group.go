@@ -1,4 +1,4 @@
-package ledger
+package ownership
 
 import "github.com/ktlsvisor/ktlsvisor/internal/wire"
 

@@ -1,4 +1,4 @@
-// Package ledger decides who owns a session. It is a state machine without any I/O:
+// Package ownership is the ledger as a state machine: it decides who owns a session. It is a state machine without any I/O:
 // every message about a session, every death and every decision is an event, a method
 // of Machine; what has to be done about it comes out as effects, in the order in which
 // they have to be carried out. It reads no clock, starts nothing and waits for nothing,
@@ -40,4 +40,4 @@
 // A group is a set of sessions that go through this together: Parked for all before
 // Offer for any, Adopted from all before the commit of the first, all commits before
 // the first Resume. A group whose owner died is offered together as well.
-package ledger
+package ownership
