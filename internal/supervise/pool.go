@@ -318,6 +318,7 @@ func (s *Supervisor) workerDied(w *worker) {
 	s.retain.delete(w.marksKey())
 	s.refuseFor(w, "the worker died")
 	s.m.Dead(&w.Worker)
+	s.carryOut() // who inherits is known, before what is left is dropped
 	s.dropArena(w)
 	if w.inventory != nil {
 		w.inventory = nil

@@ -48,6 +48,7 @@ func (s *Supervisor) recoverAll(ctx context.Context, done func()) error {
 	if err := s.recoverSessions(ctx); err != nil {
 		return err
 	}
+	s.carryOut() // which dead workers have left something
 	if err := s.recoverArenas(ctx); err != nil {
 		return err
 	}
