@@ -143,14 +143,14 @@ func (u *unit) allOwned() {
 func (u *unit) loadOf(fs ...*fake) (n []int) {
 	u.s.call(func() {
 		for _, f := range fs {
-			n = append(n, len(f.w.sessions))
+			n = append(n, len(f.w.Sessions))
 		}
 	})
 	return n
 }
 
 // workerOf is a fake's worker as the present supervisor has it.
-func (u *unit) workerOf(f *fake) *worker { return u.s.workers[f.w.id] }
+func (u *unit) workerOf(f *fake) *worker { return u.s.workers[f.w.ID] }
 
 func wantLoads(t *testing.T, got []int, want ...int) {
 	t.Helper()
