@@ -97,7 +97,7 @@ func (s *Supervisor) inspectLost(ss *session) {
 			return
 		}
 		if open {
-			s.m.SettledLost(&ss.Session, "its worker died, and its record state with it (software layer; the kernel layer survives this)")
+			s.m.SettledLost(&ss.Session, "its worker died, and its record state with it (software layer, no journal)")
 			return
 		}
 		s.m.SettledGone(&ss.Session)
