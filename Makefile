@@ -8,7 +8,7 @@ SOAK ?= 30m
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 export KERNELS VMTEST_PKG VMTEST_RUN VMTEST_WITHOUT VMTEST_VERBOSE VMTEST_JSON VMTEST_MIRROR KERNEL MODULES
 
-.PHONY: help build demo drill faults soak test fuzz vmtest lint bench bogo
+.PHONY: help build demo drill peers faults soak test fuzz vmtest lint bench bogo
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ lint: ## gofmt, vet, and golangci-lint if it is installed, else staticcheck
 
 bench: build ## speed and memory against crypto/tls, into docs/benchmarks: BENCH_RUN=pingpong-tls13 BENCH_KERNELS="7 6.12"
 	$(GO) run ./internal/bench/cmd/bench -o docs/benchmarks -readme README.md -bin $(BIN) -run '$(BENCH_RUN)' -kernels '$(BENCH_KERNELS)'
+
+peers: build ## what a reload of tableflip, nginx and HAProxy does to the same clients, into docs/benchmarks/peers.md (Debian)
+	$(GO) run ./internal/e2e/cmd/peers -bin $(BIN) -o docs/benchmarks/peers.md
 
 bogo: ## BoringSSL's test runner, which you have, against the record layers: RUNNER=PATH LAYER=software|kernel BOGO_TESTS=GLOB MOVE=1 GUEST=7 (docs/conformance.md)
 	$(GO) run ./internal/bogo/cmd/bogo -runner '$(RUNNER)' -layer '$(or $(LAYER),software)' -tests '$(BOGO_TESTS)' $(if $(MOVE),-move) -guest '$(GUEST)'

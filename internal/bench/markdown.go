@@ -68,7 +68,8 @@ func (r Report) markdown() string {
 	b.WriteString(`# Benchmarks
 
 Written by ` + "`make bench`" + `; the same figures are in [results.json](results.json). Nothing
-here was measured in a test: timed tests lie on busy machines.
+here was measured in a test: timed tests lie on busy machines. What reloads of other
+servers do to the same clients is in [peers.md](peers.md) (` + "`make peers`" + `).
 
 Both libraries take turns of a fraction of a second in one run. A ratio is ktls's figure
 divided by crypto/tls's: the median over pairs of neighbouring turns, with the 95 %
