@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/fault"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
@@ -204,7 +205,9 @@ func (l *kernelLayer) recv(fd uintptr) {
 	note := l.noted[commitNoteRX:]
 	sys.OpenNote(note)
 	sys.StoreShared(l.noted[wordCalled:], sys.LoadShared(l.noted[wordReceived:]))
+	fault.Step("before-socket-recv")
 	l.in.n, l.in.typ, l.in.eor, l.in.err = sys.TLSRecvNoted(int(fd), note, l.in.p)
+	fault.Step("after-socket-recv")
 }
 
 // touch makes sure that p is in memory. The kernel opens records of TLS 1.2 right in the
@@ -228,7 +231,9 @@ func (l *kernelLayer) notedWrite(fd uintptr) {
 	sent := sys.LoadShared(l.noted[wordSent:])
 	sys.OpenNote(note)
 	sys.StoreShared(l.noted[wordSending:], sent)
+	fault.Step("before-socket-send")
 	o.n, o.err = sys.TLSSendNoted(int(fd), note, o.p)
+	fault.Step("after-socket-send")
 	if o.n > 0 {
 		sys.StoreShared(l.noted[wordSent:], sent+uint64(o.n))
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/fault"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
@@ -226,10 +227,13 @@ func regSalt(id uint64, r register, gen uint64) uint64 { return id<<8 ^ gen<<2 ^
 func (w *words) store(m []byte, id uint64, r register, gen uint64) {
 	w[regSum] = w.sum(regSalt(id, r, gen))
 	dst := m[slotRegs+regSize*(2*int(r)+int(gen&1)):][:regSize]
+	fault.Step("before-register")
 	for i, v := range w {
 		binary.LittleEndian.PutUint64(dst[8*i:], v)
 	}
+	fault.Step("half-register")
 	sys.StoreShared(m[slotGens+8*int(r):], gen)
+	fault.Step("after-register")
 }
 
 // load reads the valid copy of a register.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"syscall"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/fault"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
@@ -280,7 +281,9 @@ func (r *softReader) fill(rc syscall.RawConn) error {
 // be readable. While it waits, the session holds no more than its half record.
 func (r *softReader) recvFD(fd uintptr) bool {
 	r.unpark()
+	fault.Step("before-socket-recv")
 	r.got, r.errno = sys.Recv(fd, r.buf.b[r.end:], !r.large)
+	fault.Step("after-socket-recv")
 	if r.errno == syscall.EAGAIN {
 		r.park()
 		return false

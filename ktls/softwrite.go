@@ -5,6 +5,7 @@ import (
 	"os"
 	"syscall"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/fault"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
@@ -79,7 +80,9 @@ func (w *softWriter) sealNext(typ recordType, p []byte) error {
 // or badly.
 func (w *softWriter) sendFD(fd uintptr) bool {
 	for w.start < w.end {
+		fault.Step("before-socket-send")
 		n, errno := sys.Send(fd, w.buf.b[w.start:w.end])
+		fault.Step("after-socket-send")
 		if errno != 0 {
 			w.errno = errno
 			return errno != syscall.EAGAIN

@@ -24,6 +24,9 @@ var coreFaults = []string{
 	"upgrade: supervisor half-ledger 1 kill",
 	"upgrade: supervisor after-ledger 1 kill",
 	"upgrade: supervisor before-send-RELEASE 1 drop",
+	"exact: old half-register 5 kill",
+	"exact: old after-socket-send 5 kill",
+	"committed: new after-send-ADOPTED 1 kill",
 	"succession: successor before-send-INVENTORY 1 kill",
 	"restart: supervisor handled-INVENTORY_REPLY 1 kill",
 }
@@ -37,6 +40,7 @@ func TestHostFaults(t *testing.T) {
 	dir := tempDir(t)
 	build(t, "cmd/ktlsvisor", dir[len(workDir)+1:]+"/ktlsvisor", false, "-tags=fault")
 	build(t, "examples/echo", dir[len(workDir)+1:]+"/echo", false, "-tags=fault")
+	build(t, "examples/committing", dir[len(workDir)+1:]+"/committing", false, "-tags=fault")
 	o.Bin = dir
 	var cases []faults.Case
 	for _, text := range coreFaults {

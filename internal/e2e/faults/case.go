@@ -17,10 +17,25 @@ const (
 	Succession = "succession" // the supervisor is replaced as planned
 	Restart    = "restart"    // the supervisor was killed in the middle of an upgrade
 	Return     = "return"     // a worker of the new generation was killed in the middle of an upgrade
+	Traffic    = "traffic"    // clients send and receive
+	Exact      = "exact"      // likewise, with workers that commit
+	Committed  = "committed"  // an upgrade, with workers that commit
 )
 
 // Operations lists them in the order of the table.
-var Operations = []string{Upgrade, Adoption, Accept, Rekey, Succession, Restart, Return}
+var Operations = []string{Upgrade, Adoption, Accept, Rekey, Succession, Restart, Return, Traffic, Exact, Committed}
+
+// commits says whether the workers of a case commit what they do: then no client misses a
+// byte whatever dies.
+func (c Case) commits() bool { return c.Op == Exact || c.Op == Committed }
+
+// worker is the program of a case's workers.
+func (c Case) worker() string {
+	if c.commits() {
+		return "committing"
+	}
+	return "echo"
+}
 
 // before is what has to happen before the fault that a case of the operation is about.
 var before = map[string]Fault{

@@ -161,6 +161,9 @@ func (r *run) judge() {
 	if uint64(s.Interrupted) > c.Interrupted {
 		r.res.wrong("%d clients miss bytes, the unit counts %d interrupted", s.Interrupted, c.Interrupted)
 	}
+	if s.Interrupted > 0 && r.c.commits() {
+		r.res.wrong("%d clients miss bytes, though everything is committed", s.Interrupted)
+	}
 	if c.Interrupted > 0 && !r.c.killsWorker() {
 		r.res.wrong("%d interrupted, though no worker died", c.Interrupted)
 	}

@@ -9,6 +9,8 @@ import (
 func actions(s Step) []string {
 	word, rest, _ := strings.Cut(s.Name, "-")
 	switch {
+	case traffic(s):
+		return []string{"kill"}
 	case s.Role == "keeper": // it is not meant to die, only to be short of something
 		return []string{"stop", "delay", "nofile"}
 	case strings.HasPrefix(s.Name, "before-send-"):
@@ -42,6 +44,14 @@ func actions(s Step) []string {
 	}
 }
 
+// traffic says whether a step is of the data, not of the control.
+func traffic(s Step) bool {
+	return strings.HasSuffix(s.Name, "-register") || strings.Contains(s.Name, "-socket-recv") || strings.Contains(s.Name, "-socket-send")
+}
+
+// times are when a step of the data fails: each has its own place among records.
+var times = []int{1, 5, 23, 60}
+
 // kept names messages that are not dropped, because nobody would ask again and a session
 // would stand still until the next inventory: the socket that carries them loses none.
 var kept = []string{"RESUME", "INVENTORY", "INVENTORY_REPLY"}
@@ -58,6 +68,17 @@ func Cases(op string, steps []Step, twice bool) []Case {
 		for _, a := range actions(s) {
 			message := strings.TrimPrefix(s.Name, "before-send-")
 			switch {
+			case (op == Exact || op == Committed) && a != "kill":
+				continue
+			case op == Traffic != traffic(s) && op != Exact && op != Committed:
+				continue // a kill in the traffic is the same in every operation
+			case traffic(s) && op != Committed:
+				for _, n := range times {
+					if n < s.Count {
+						list = append(list, Case{op, Fault{s.Role, s.Name, n, a}})
+					}
+				}
+				continue
 			case a == "drop" && slices.Contains(kept, message):
 				continue
 			case a == KillNew && op != Upgrade && op != Restart:

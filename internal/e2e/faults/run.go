@@ -123,7 +123,7 @@ func (r *run) start() error {
 		return err
 	}
 	for _, name := range []string{"old", "new"} {
-		if err := os.Symlink(filepath.Join(r.Bin, "echo"), filepath.Join(r.dir, name)); err != nil {
+		if err := os.Symlink(filepath.Join(r.Bin, r.c.worker()), filepath.Join(r.dir, name)); err != nil {
 			return err
 		}
 	}
@@ -253,17 +253,33 @@ func plays(pid int, role string) bool {
 	return filepath.Base(args[0]) == role || len(args) > 1 && args[1] == role
 }
 
+// trafficTime is how long a case of traffic lasts if its fault is not reached.
+const trafficTime = time.Second
+
+// await waits until the last fault was carried out.
+func (r *run) await(ctx context.Context, limit time.Duration) error {
+	last := filepath.Join(r.fault, "fired-"+strconv.Itoa(len(r.c.faults())-1))
+	for end := time.Now().Add(limit); time.Now().Before(end) && ctx.Err() == nil; time.Sleep(time.Millisecond) {
+		if _, err := os.Lstat(last); err == nil {
+			break
+		}
+	}
+	return nil
+}
+
 // trigger is the operation itself.
 func (r *run) trigger(ctx context.Context, st *admin.Status) error {
 	var res visor.Result
 	switch r.c.Op {
-	case Upgrade, Restart, Return:
+	case Upgrade, Restart, Return, Committed:
 		res = r.unit.Run("upgrade", "--json", "--wait", "15s", "--command", filepath.Join(r.dir, "new"))
 		_ = json.Unmarshal([]byte(res.Stdout), &r.res.Report)
 	case Succession:
 		res = r.unit.Run("upgrade", "--supervisor")
 	case Rekey:
 		res = r.unit.Run("rekey", "--request", "--wait", "5s")
+	case Traffic, Exact:
+		return r.await(ctx, trafficTime)
 	case Adoption:
 		return r.unit.KillProcess(st.Pools[0].Workers[0].PID)
 	case Accept:

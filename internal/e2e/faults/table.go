@@ -55,6 +55,9 @@ var opText = map[string]string{
 	Succession: "The supervisor is replaced as planned.",
 	Restart:    "In an upgrade the supervisor is killed before its first RESUME; the next one goes on, and then something else fails.",
 	Return:     "In an upgrade a worker of the new generation is killed before its first ADOPTED; everything goes back, and then something else fails.",
+	Traffic:    "Clients send and receive; a worker is killed at the writes of a journal and the calls that send and receive.",
+	Exact:      "The same with workers that commit (examples/committing): no client misses a byte.",
+	Committed:  "An upgrade of workers that commit: no client misses a byte, whatever is killed.",
 }
 
 const tableHead = `# What every fault costs
@@ -71,7 +74,9 @@ Steps: *before-send* and *after-send* of a message, *recv* (taken from the chann
 looked at) and *handled*; *keeper-…* is a call of the keeper's; *ledger* the writing of a
 slot's entry, *half* of it with the old entry gone; *void* the end of a parked record
 state; *export* and *import* of a record state; *memfd* a memory file; *key-intent*,
-*set-key* and *key-complete* the change of a key in the kernel.
+*set-key* and *key-complete* the change of a key in the kernel; *register* the writing of
+a journal's register, *half* of it before it counts; *socket-recv* and *socket-send* the calls
+themselves. A number in parentheses: not the first time, but that one.
 
 Faults: **kill** -9; **stop** for 0.6 s, longer than freeze_timeout here; **close**: the control channel
 ends, both ways; **drop**, **delay** (0.25 s), **repeat**: the message; **fill**: the peer's queue is full;

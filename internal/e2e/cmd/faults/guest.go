@@ -41,7 +41,7 @@ func (c *command) inGuests(ctx context.Context, out io.Writer) ([]faults.Section
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	if err := build(ctx, dir, "fault", "./cmd/ktlsvisor", "./examples/echo", "./internal/e2e/cmd/faults"); err != nil {
+	if err := build(ctx, dir, "fault", "./cmd/ktlsvisor", "./examples/echo", "./examples/committing", "./internal/e2e/cmd/faults"); err != nil {
 		return nil, err
 	}
 	cache, err := vmtest.DefaultCacheDir()
@@ -74,7 +74,7 @@ func (c *command) inGuests(ctx context.Context, out io.Writer) ([]faults.Section
 			Root: ".", Kernels: []string{kernel}, Say: say, BootLimit: c.limit, Verbose: true,
 			Cache: &vmtest.Cache{Dir: cache, Say: say},
 			Program: &vmtest.Program{Name: "faults", Path: filepath.Join(dir, "faults"), Args: args, Limit: c.limit,
-				Files: map[string]string{"f/ktlsvisor": filepath.Join(dir, "ktlsvisor"), "f/echo": filepath.Join(dir, "echo")}},
+				Files: map[string]string{"f/ktlsvisor": filepath.Join(dir, "ktlsvisor"), "f/echo": filepath.Join(dir, "echo"), "f/committing": filepath.Join(dir, "committing")}},
 		})
 		for _, b := range boots {
 			list = append(list, faults.Section{Layer: "kernel", Where: "on Linux " + b.Release, Results: now})

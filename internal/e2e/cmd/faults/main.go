@@ -92,7 +92,7 @@ func (c *command) run(ctx context.Context, out io.Writer) error {
 			return err
 		}
 		defer os.RemoveAll(dir)
-		if err := build(ctx, dir, "fault", "./cmd/ktlsvisor", "./examples/echo"); err != nil {
+		if err := build(ctx, dir, "fault", "./cmd/ktlsvisor", "./examples/echo", "./examples/committing"); err != nil {
 			return err
 		}
 		c.o.Bin = dir
