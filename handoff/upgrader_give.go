@@ -39,6 +39,7 @@ type giving struct {
 	pid     int
 	down    *line
 	far     *wire.Channel // duplicate of the new process's end, until it has taken over
+	revoke  *os.File      // pipe to the new process; see revokeOffers
 	inode   uint64        // of that end, by which the new process is found
 	why     error         // the reason of a refusal of ours
 
@@ -143,6 +144,9 @@ func (g *giving) open() error {
 	if err == nil {
 		err = g.h.flip.AddFile(channelName, end)
 	}
+	if err == nil {
+		err = g.openRevoke()
+	}
 	if err != nil {
 		_ = near.Close()
 		g.closeFar()
@@ -153,10 +157,43 @@ func (g *giving) open() error {
 	return nil
 }
 
+// closeFar closes what is only for the time before the new process has taken over.
 func (g *giving) closeFar() {
 	if g.far != nil {
 		_ = g.far.Close()
 		g.far = nil
+	}
+}
+
+// revokeName is what a new process finds the pipe of revokeOffers by.
+const revokeName = "ktlsvisor-revoked"
+
+func (g *giving) openRevoke() error {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = r.Close() }()
+	if err := g.h.flip.AddFile(revokeName, r); err != nil {
+		_ = w.Close()
+		return err
+	}
+	g.revoke = w
+	return nil
+}
+
+// revokeOffers comes before anything is done with a session that was offered and stays
+// here after all. When this process is killed, the new one goes on with what it was
+// offered, because nobody else can; but not if there is a byte in this pipe: a record
+// state that has been used again would repeat record numbers (I5). A pipe takes it at
+// once, and it is there when this process is dead.
+func (g *giving) revokeOffers() {
+	if g.revoke != nil {
+		if _, err := g.revoke.Write([]byte{1}); err != nil { // the new process is gone
+			g.h.log.Debug("offers revoked", "error", err)
+		}
+		_ = g.revoke.Close()
+		g.revoke = nil
 	}
 }
 
@@ -425,6 +462,7 @@ func (g *giving) fail(err error) {
 	g.thawAll()
 	g.closeFar()
 	g.down.sever()
+	g.revokeOffers()
 	h.down, h.giving = nil, nil
 	h.forgetHomes()
 	// What it had been given died with it.
@@ -481,5 +519,8 @@ func (g *giving) reopen() {
 	}
 }
 
-// abandonAll lets go of what only parked or was offered, when the host's loop is over.
-func (g *giving) abandonAll() { g.closeFar() }
+// abandonAll closes what the host's loop leaves behind.
+func (g *giving) abandonAll() {
+	g.closeFar()
+	g.revokeOffers()
+}

@@ -42,14 +42,17 @@ type host struct {
 
 	role       hostRole
 	serving    bool
-	ended      bool // the loop has ended; what was posted is only cleaned up
-	ready      bool // the worker takes sessions
-	retired    bool // the worker was told to end with its last session
+	ended      bool     // the loop has ended; what was posted is only cleaned up
+	ready      bool     // the worker takes sessions
+	revoked    *os.File // pipe from the old process; nil when it gave none
+	inheriting bool     // the old process died, and what it had offered is ours
+	retired    bool     // the worker was told to end with its last session
 	parentGone bool
 	count      uint32
 	residents  map[uint64]*resident
 	groups     map[string]*hostGroup
 	resuming   map[string][]wire.Ref // RESUMEs from up of a group whose last part has not come
+	complete   map[string]bool       // groups whose state the old process has offered
 	giving     *giving               // upgrading, retiring
 	stop       context.CancelFunc
 }
@@ -72,6 +75,7 @@ type resident struct {
 	owner wire.Epoch // of the adoption by our worker
 	owned bool       // RESUME was sent to our worker
 	taken bool       // from the old process, which decides: not owned yet
+	able  bool       // our worker has said ADOPTED to that
 	group string
 	unit  *unit // the attempt to move it
 	// refusals of the new process; it is not asked for ever
@@ -95,7 +99,12 @@ func newHost(hd Handler, o *options, f flip, up *line, inc uint32) (*host, error
 	}
 	h := &host{options: o, flip: f, in: newInbox(), news: make(chan news), done: make(chan struct{}),
 		vault: newVault(), inc: inc, up: up, parentGone: !f.HasParent(),
-		residents: map[uint64]*resident{}, groups: map[string]*hostGroup{}, resuming: map[string][]wire.Ref{}}
+		residents: map[uint64]*resident{}, groups: map[string]*hostGroup{}, resuming: map[string][]wire.Ref{}, complete: map[string]bool{}}
+	if up != nil {
+		if h.revoked, err = f.File(revokeName); err != nil {
+			h.log.Warn("what the old process offers is lost if it is killed", "error", err)
+		}
+	}
 	h.local = newLine(mine)
 	h.front = newFront(h)
 	h.worker = newWorker(context.Background(), theirs, hd, o)
@@ -194,6 +203,9 @@ func (h *host) cleanUp() {
 	h.ended = true
 	close(h.done)
 	h.front.close()
+	if h.revoked != nil {
+		_ = h.revoked.Close()
+	}
 	if h.giving != nil {
 		h.giving.abandonAll()
 	}
@@ -312,6 +324,7 @@ func (h *host) adopted(refs []wire.Ref) {
 		switch {
 		case r == nil || r.owner != ref.Epoch || r.owned:
 		case r.taken:
+			r.able = true
 			theirs = append(theirs, ref)
 		default:
 			r.owned = true
@@ -324,8 +337,12 @@ func (h *host) adopted(refs []wire.Ref) {
 			h.giving.add(own)
 		}
 	}
-	if len(theirs) > 0 && h.up != nil {
+	switch {
+	case len(theirs) == 0:
+	case h.up != nil:
 		h.up.put(&wire.Message{Type: wire.TypeAdopted, Refs: theirs}, nil)
+	case h.inheriting:
+		h.inherit()
 	}
 }
 

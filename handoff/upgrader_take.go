@@ -62,6 +62,7 @@ func (h *host) fromOld(m *wire.Message) error {
 		for _, ref := range m.Refs {
 			if r := h.residents[ref.ID]; r != nil && r.taken && r.owner == ref.Epoch {
 				h.forget(r)
+				delete(h.complete, r.group) // the old process decides about a group as a whole
 			}
 		}
 	case wire.TypeResume:
@@ -106,6 +107,9 @@ func (h *host) take(m *wire.Message) {
 		it := &m.Items[i]
 		h.residents[it.ID] = &resident{id: it.ID, owner: it.Epoch, taken: true, group: it.Group}
 	}
+	if m.Group != "" {
+		h.complete[m.Group] = m.Last
+	}
 	h.pass(m)
 }
 
@@ -132,6 +136,7 @@ func (h *host) resumed(m *wire.Message) {
 			return
 		}
 		delete(h.resuming, m.Group)
+		delete(h.complete, m.Group)
 	}
 	for _, ref := range refs {
 		r := h.residents[ref.ID]
@@ -151,29 +156,17 @@ func (h *host) oldLost(err error) {
 	}
 	h.up.sever()
 	h.up = nil
-	var refs []wire.Ref
-	for _, r := range h.residents {
-		if r.taken {
-			refs = append(refs, wire.Ref{ID: r.id, Epoch: r.owner})
-			h.forget(r)
-		}
+	if h.role == roleLeading && !errors.Is(err, io.EOF) {
+		h.log.Error("no further session comes from the old process", "error", err)
 	}
-	for _, part := range wire.BatchRefs(refs) {
-		h.local.put(&wire.Message{Type: wire.TypeAbort, Refs: part}, nil)
-	}
-	if h.role == roleLeading {
-		if !errors.Is(err, io.EOF) {
-			h.log.Error("no further session comes from the old process", "error", err)
-		}
-		h.grantWaiting("")
-		return
-	}
-	// Either it has died, and then this process is the only one, or it gave up on this one.
+	h.grantWaiting("")
+	// Either it has died, and then what it had offered has nobody else; or it gave up on
+	// this process, and goes on with that itself.
 	if h.parentGone {
 		h.parentEnded()
 		return
 	}
-	t := time.AfterFunc(parentTime, func() { h.in.post(h.orphaned) })
+	t := time.AfterFunc(parentTime, func() { h.in.post(h.givenUp) })
 	context.AfterFunc(h.worker.base, func() { t.Stop() })
 }
 
@@ -187,21 +180,95 @@ func (h *host) parentEnded() {
 	if h.ended || h.up != nil {
 		return // what it has said is still to be heard
 	}
-	switch h.role {
-	case roleTaking:
+	if h.revoked == nil {
+		h.bequeathed(false)
+		return
+	}
+	f := h.revoked
+	h.revoked = nil
+	go func() {
+		var b [1]byte
+		n, err := f.Read(b[:]) // does not wait: the other end is closed
+		_ = f.Close()
+		h.in.post(func() { h.bequeathed(n == 0 && errors.Is(err, io.EOF)) })
+	}()
+}
+
+// bequeathed goes on alone. ours says that the old process died without having used again
+// anything that it had offered.
+func (h *host) bequeathed(ours bool) {
+	h.inheriting = ours
+	if ours {
+		h.inherit()
+	} else {
+		h.dropTaken()
+	}
+	if h.role == roleTaking || h.role == roleOrphaned && !h.retired {
 		h.log.Error("the old process died in the middle of the upgrade; taking over", "sessions", len(h.residents))
 		h.lead()
-	case roleOrphaned:
-		h.log.Error("the old process died; taking over", "sessions", len(h.residents))
-		h.lead()
-	default:
 	}
+}
+
+// inherit makes sessions that the old process had offered this one's: those that our
+// worker can serve, groups only as a whole.
+func (h *host) inherit() {
+	groups := map[string][]wire.Ref{}
+	for _, r := range h.residents {
+		if r.taken && (r.able || r.group != "") {
+			groups[r.group] = append(groups[r.group], wire.Ref{ID: r.id, Epoch: r.owner})
+		}
+	}
+	for name, refs := range groups {
+		if name != "" && !h.whole(name, refs) {
+			continue
+		}
+		parts := wire.BatchRefs(refs)
+		for i, part := range parts {
+			m := &wire.Message{Type: wire.TypeResume, Group: name, Refs: part, Last: name != "" && i == len(parts)-1}
+			h.local.put(m, nil)
+			h.resumed(m)
+		}
+	}
+}
+
+// whole reports that all of a group has been offered, its state included, and can be
+// served.
+func (h *host) whole(name string, refs []wire.Ref) bool {
+	for _, ref := range refs {
+		if !h.residents[ref.ID].able {
+			return false
+		}
+	}
+	return h.complete[name]
+}
+
+// dropTaken closes this process's copies of what it was only offered.
+func (h *host) dropTaken() {
+	var refs []wire.Ref
+	for _, r := range h.residents {
+		if r.taken {
+			refs = append(refs, wire.Ref{ID: r.id, Epoch: r.owner})
+			h.forget(r)
+		}
+	}
+	for _, part := range wire.BatchRefs(refs) {
+		h.local.put(&wire.Message{Type: wire.TypeAbort, Refs: part}, nil)
+	}
+}
+
+// givenUp is called when the old process has closed the channel and lives.
+func (h *host) givenUp() {
+	if h.parentGone {
+		return
+	}
+	h.dropTaken()
+	h.orphaned()
 }
 
 // orphaned ends a process that the old one has given up, with the last of the sessions
 // that it has.
 func (h *host) orphaned() {
-	if h.role != roleTaking || h.parentGone {
+	if h.role != roleTaking {
 		return
 	}
 	h.role = roleOrphaned

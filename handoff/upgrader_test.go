@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -378,8 +379,11 @@ func TestUpgraderNewProcessMisbehaves(t *testing.T) {
 // What a new process does when the old one is gone: it takes over what it owns if the old
 // one is dead, and otherwise only ends what it has.
 func TestUpgraderOldProcessEndsInTheMiddle(t *testing.T) {
-	for _, dead := range []bool{true, false} {
-		t.Run(fmt.Sprint("dead ", dead), func(t *testing.T) {
+	for _, tc := range []struct {
+		name          string
+		dead, revoked bool
+	}{{"killed", true, false}, {"killed after it took an offer back", true, true}, {"alive", false, true}} {
+		t.Run(tc.name, func(t *testing.T) {
 			// A session that its client began with the old process.
 			made := newSession(t, ktls.ModeSoftware, 0)
 			other := newSession(t, ktls.ModeSoftware, 0)
@@ -388,6 +392,14 @@ func TestUpgraderOldProcessEndsInTheMiddle(t *testing.T) {
 			if err := parent.AddFile(channelName, pair.end); err != nil {
 				t.Fatal(err)
 			}
+			r, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := parent.AddFile(revokeName, r); err != nil {
+				t.Fatal(err)
+			}
+			_ = r.Close()
 			f := newFlip(t)
 			f.parent, f.files, parent.files = parent, parent.files, nil
 			_ = pair.end.Close()
@@ -415,15 +427,35 @@ func TestUpgraderOldProcessEndsInTheMiddle(t *testing.T) {
 				t.Fatalf("PONG %d", m.Nonce)
 			}
 			made.say("it is served", "it is served")
-			if dead {
+			if tc.revoked {
+				if _, err := w.Write([]byte{1}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			_ = w.Close()
+			if tc.dead {
 				parent.die()
 			}
 			_ = old.ch.Close()
 			f.closeAll()
-			if dead {
+			if tc.dead {
 				<-f.ready // takes over
 				made.say("still", "still")
 				child.dial().say("a new one", "a new one")
+			}
+			if !tc.revoked {
+				other.say("nobody else has it", "nobody else has it")
+				return
+			}
+			back := startProc(t, echoHandler)
+			if tc.dead {
+				n := 0
+				_ = child.u.h.call(func(done func(error)) { n = len(child.u.h.residents); done(nil) })
+				if n != 2 {
+					t.Fatalf("%d sessions, want the one that was given and the new one", n)
+				}
+				back.give(other) // untouched
+				other.say("goes on", "goes on")
 				return
 			}
 			await(t, "the new process to see that it is alone", func() bool {
@@ -437,7 +469,6 @@ func TestUpgraderOldProcessEndsInTheMiddle(t *testing.T) {
 				t.Error(err)
 			}
 			// What was only offered was not touched: the old process can go on with it.
-			back := startProc(t, echoHandler)
 			back.give(other)
 			other.say("goes on", "goes on")
 		})
@@ -522,6 +553,37 @@ func TestUpgraderDescriptors(t *testing.T) {
 	c.say("x", "x")
 	if n := countFDs(t); n > before {
 		t.Errorf("%d descriptors after ten upgrades, %d after the first", n, before)
+	}
+}
+
+// What a handler committed, and what it read and did not, goes along exactly.
+func TestUpgraderCommit(t *testing.T) {
+	h := func(_ context.Context, c *Conn) error { // answers in words of four bytes
+		var buf []byte
+		in := make([]byte, 100)
+		for {
+			n, err := c.Read(in)
+			if err != nil {
+				return err
+			}
+			for buf = append(buf, in[:n]...); len(buf) >= 4; buf = buf[4:] {
+				words := append(c.State(), 'w')
+				if err := c.Commit(4, words, fmt.Appendf(nil, "%d %s;", len(words), buf[:4])); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	p := startUpgrader(t, newFlip(t), h, WithCommit())
+	c := p.dial()
+	c.say("onceup", "1 once;")
+	for i := range 3 {
+		next, r, err := p.upgrade(h, WithCommit())
+		if err != nil || r.Moved != 1 {
+			t.Fatalf("%+v, %v", r, err)
+		}
+		p = next
+		c.say("onup", fmt.Sprint(2+i, " upon;"))
 	}
 }
 

@@ -375,7 +375,9 @@ func (g *giving) refused(list []wire.Refused) {
 		for _, x := range u.members {
 			x.r.refusals++
 		}
-		if u.group != "" { // the others that it took are not its own either
+		if u.group == "" {
+			u.stage = unitFreezing // nobody but us has it
+		} else { // the others that it took are not its own either
 			var others []wire.Ref
 			for _, x := range u.members {
 				if x != m {
@@ -394,6 +396,9 @@ func (g *giving) refused(list []wire.Refused) {
 // takeBack ends an attempt before its commit; the session goes on here, and is asked
 // again if that makes sense.
 func (g *giving) takeBack(u *unit, again bool) {
+	if u.stage != unitFreezing {
+		g.revokeOffers()
+	}
 	for _, part := range wire.BatchRefs(u.refs()) {
 		g.h.local.put(&wire.Message{Type: wire.TypeThaw, Group: u.group, Refs: part}, nil)
 	}
