@@ -251,6 +251,7 @@ func TestProbation(t *testing.T) {
 			u.until(func() bool { return u.pool.op == nil || u.pool.op.phase == opEnding })
 			if c.serving == 1 {
 				young.kill()
+				u.allOwned()
 				wantLoads(t, u.loadOf(old), 7)
 			} else {
 				old.kill()

@@ -17,8 +17,8 @@ const (
 	cntReturned
 	cntInterrupted
 	cntLost
-	cntClosedByPeer
-	cntClosedByOwner
+	_ // were sums
+	_
 	cntClosedUnknown
 	cntHandshakeFailed
 	cntHandshakeTimeout
@@ -39,26 +39,30 @@ func (l *ledger) counter(c counter) uint64 {
 	return binary.LittleEndian.Uint64(l.mem[hdrCounters+8*int(c):])
 }
 
-// countClosed counts the end of a session under its reason, and under the
-// contract's two sums: a peer's close, an owner's close.
-func (l *ledger) countClosed(r wire.Reason) {
-	b := l.mem[hdrReasons+8*int(r):]
-	binary.LittleEndian.PutUint64(b, binary.LittleEndian.Uint64(b)+1)
-	switch r {
-	case wire.ReasonPeer, wire.ReasonPeerAbrupt, wire.ReasonProtocol, wire.ReasonKeyUpdate:
-		l.count(cntClosedByPeer, 1)
-	case wire.ReasonLayer:
-		l.count(cntLost, 1)
-	default:
-		l.count(cntClosedByOwner, 1)
+// closed sums up the ends of sessions by reason: the contract's closed_by_peer and
+// closed_by_owner, and what was lost in the owner's hands. What counts an end is one
+// store, so that a supervisor killed in it has counted it or not (endOf).
+func (l *ledger) closed() (peer, owner, lost uint64) {
+	for r := wire.ReasonPeer; r <= wire.LastReason; r++ {
+		n := l.endCount(uint64(r)).get()
+		switch r {
+		case wire.ReasonPeer, wire.ReasonPeerAbrupt, wire.ReasonProtocol, wire.ReasonKeyUpdate:
+			peer += n
+		case wire.ReasonLayer:
+			lost += n
+		default:
+			owner += n
+		}
 	}
+	return peer, owner, lost
 }
 
 func (l *ledger) counters() admin.Counters {
+	peer, owner, lost := l.closed()
 	return admin.Counters{
 		Accepted: l.counter(cntAccepted), Moved: l.counter(cntMoved), Returned: l.counter(cntReturned),
-		Interrupted: l.counter(cntInterrupted), Lost: l.counter(cntLost),
-		ClosedByPeer: l.counter(cntClosedByPeer), ClosedByOwner: l.counter(cntClosedByOwner),
+		Interrupted: l.counter(cntInterrupted), Lost: l.counter(cntLost) + lost,
+		ClosedByPeer: peer, ClosedByOwner: owner,
 		ClosedUnknown: l.counter(cntClosedUnknown), KeyUpdates: l.counter(cntKeyUpdates),
 		Hangs: l.counter(cntHangs), Quarantined: l.counter(cntQuarantined),
 	}
@@ -67,7 +71,7 @@ func (l *ledger) counters() admin.Counters {
 func (l *ledger) reasons() map[string]uint64 {
 	out := map[string]uint64{}
 	for r := wire.ReasonPeer; r <= wire.LastReason; r++ {
-		if n := binary.LittleEndian.Uint64(l.mem[hdrReasons+8*int(r):]); n > 0 {
+		if n := l.endCount(uint64(r)).get(); n > 0 {
 			out[r.String()] = n
 		}
 	}

@@ -216,20 +216,19 @@ func (s *Supervisor) moved(ss *session, t *attempt) {
 
 // ended counts the end of a session.
 func (s *Supervisor) ended(ss *session, e *ownership.Effect) {
-	op := ss.pool.op
+	op, code := ss.pool.op, endLost
 	switch e.How {
 	case ownership.Closed:
-		s.led.countClosed(max(e.Reason, wire.ReasonPeer))
+		code = uint64(max(e.Reason, wire.ReasonPeer))
 	case ownership.Gone:
-		s.led.count(cntClosedUnknown, 1)
+		code = endUnknown
 		if e.From != nil {
 			s.log.Warn("session ended, its worker does not know why", "session", sid(ss.ID), "pid", workerOf(e.From).pid)
 		}
 	case ownership.Stopped:
-		s.led.countClosed(wire.ReasonOperator)
+		code = uint64(wire.ReasonOperator)
 		s.retain.shutdown(ss.ID)
 	case ownership.Lost:
-		s.led.count(cntLost, 1)
 		s.log.Error("session lost", "session", sid(ss.ID), "pool", ss.pool.name, "why", e.Why)
 		if op != nil {
 			op.report.Lost++
@@ -237,7 +236,7 @@ func (s *Supervisor) ended(ss *session, e *ownership.Effect) {
 		}
 		s.retain.shutdown(ss.ID)
 	}
-	s.forget(ss)
+	s.forget(ss, code)
 }
 
 // returned is told that nobody owns a session and that nobody is being asked. Refused

@@ -33,7 +33,7 @@ func TestLedgerOutlivesItsWriter(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.count(cntMoved, 3)
-	l.countClosed(wire.ReasonPeer)
+	l.end(4, uint64(wire.ReasonPeer))
 	next, err := openLedger(fd)
 	if err != nil {
 		t.Fatal(err)

@@ -172,9 +172,10 @@ func (s *Supervisor) recoverSessions(ctx context.Context) error {
 		if !ok || e.Phase == slotFree {
 			if damaged {
 				s.log.Error("a slot of the ledger is damaged; its session is given up", "slot", i)
-				s.led.count(cntLost, 1)
+				s.led.end(i, endLost)
 			}
-			if ok || damaged {
+			if ok {
+				s.led.settleEnd(e)
 				s.led.free(i)
 			}
 			s.freeSlots = append(s.freeSlots, i)
@@ -182,6 +183,7 @@ func (s *Supervisor) recoverSessions(ctx context.Context) error {
 		}
 		s.recoverSession(ctx, i, e, retained)
 	}
+	s.led.balance(len(s.sessions))
 	for id := range retained {
 		if s.sessions[id] == nil { // ended, or never entered
 			s.retain.shutdown(id)
@@ -203,8 +205,7 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 	}
 	if err != nil {
 		s.log.Error("session lost: its facts cannot be read", "session", sid(e.ID), "error", err)
-		s.led.count(cntLost, 1)
-		s.led.free(slot)
+		s.led.end(slot, endLost)
 		s.freeSlots = append(s.freeSlots, slot)
 		return
 	}

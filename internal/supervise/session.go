@@ -83,9 +83,9 @@ func (ss *session) slotEntry() entry {
 	return e
 }
 
-// forget drops a session that has ended and been counted. The keeper closes its
+// forget counts the end of a session and drops it. The keeper closes its
 // duplicate of the socket.
-func (s *Supervisor) forget(ss *session) {
+func (s *Supervisor) forget(ss *session, how endCode) {
 	s.settled(ss)
 	if r := ss.rekey; r != nil {
 		for _, f := range r.waiters {
@@ -102,7 +102,7 @@ func (s *Supervisor) forget(ss *session) {
 	if f, err := s.led.facts(ss.slot); err == nil && f.Overflow {
 		s.retain.delete(ss.overflowKey())
 	}
-	s.led.free(ss.slot)
+	s.led.end(ss.slot, how)
 	s.freeSlots = append(s.freeSlots, ss.slot)
 	wipe(ss.cargo.Record)
 }
