@@ -4,16 +4,19 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/handoff"
 	"github.com/ktlsvisor/ktlsvisor/internal/admin"
 	"github.com/ktlsvisor/ktlsvisor/internal/e2e/visor"
+	"github.com/ktlsvisor/ktlsvisor/internal/vmtest/guest"
 	"github.com/ktlsvisor/ktlsvisor/state"
 )
 
@@ -371,4 +374,94 @@ func TestSupervisorKilledOverAnUpgradeThatCanGoBack(t *testing.T) {
 	if c := st.Counters; c.ClosedByPeer != bystanders || c.Lost+c.Interrupted+c.ClosedUnknown != 0 {
 		t.Errorf("counters %+v", c)
 	}
+}
+
+// The same in the kernel layer: workers come and go, a canary goes there and back, a
+// generation dies in its probation, and every session stays in the kernel.
+func TestKernelLayerOperations(t *testing.T) {
+	guest.NeedKernelTLS(t)
+	const clients = 16
+	u := start(t, visor.Options{})
+	f := u.fleet(clients)
+	u.settled(clients)
+	for _, n := range []string{"3", "1", "2"} {
+		if rep := u.taskReport(0, "scale", n); rep.Lost+rep.Interrupted+rep.Stayed != 0 {
+			t.Errorf("scale %s: report %+v", n, rep)
+		}
+	}
+	before := visor.WorkerPIDs(u.settled(clients))
+	c := u.begin("upgrade", "--canary", "25", "--soak", "10m")
+	u.awaitOperation("soaking")
+	f.advance()
+	u.run(0, "upgrade", "--abort")
+	ended(t, c, 1)
+	sameWorkers(t, before, u.settled(clients))
+
+	c = u.begin("upgrade", "--probation", "10m")
+	st := u.awaitOperation("probation")
+	f.Phase("kill -9", true)
+	for _, w := range st.Pools[0].Workers {
+		if w.Generation == st.Pools[0].Generation {
+			if err := u.KillProcess(w.PID); err != nil {
+				t.Fatal(err)
+			}
+			break
+		}
+	}
+	ended(t, c, 1)
+	st = u.settled(clients)
+	sameWorkers(t, before, st)
+	if st.Sessions.Kernel != clients || st.Counters.Lost != 0 {
+		t.Errorf("afterwards: %s", visor.Describe(st))
+	}
+	f.advance()
+	if r := f.stop(); r.Err() != nil {
+		t.Error(r.Err())
+	}
+}
+
+// Rooms move whole, and no word is lost, while workers come and go and a canary is
+// taken back.
+func TestChatRoomsAreSpreadWhole(t *testing.T) {
+	const rooms, each = 4, 4
+	u := start(t, visor.Options{Workers: 2, Command: []string{chat(t, "1")}})
+	var talkers []*talker
+	for r := range rooms {
+		for m := range each {
+			talkers = append(talkers, u.talker(fmt.Sprintf("r%dm%d", r, m), fmt.Sprintf("room%d", r)))
+		}
+	}
+	quiet := make(chan struct{})
+	var talking sync.WaitGroup
+	for _, k := range talkers {
+		talking.Go(func() { k.talk(quiet) })
+	}
+	for _, n := range []string{"1", "4"} {
+		u.taskReport(0, "scale", n)
+	}
+	for _, w := range u.settled(rooms * each).Pools[0].Workers {
+		if w.Sessions != each {
+			t.Errorf("worker %d has %d sessions; want one room of %d in each worker", w.PID, w.Sessions, each)
+		}
+	}
+	c := u.begin("upgrade", "--canary", "25", "--soak", "10m")
+	u.awaitOperation("soaking")
+	u.run(0, "upgrade", "--abort")
+	ended(t, c, 1)
+	u.run(0, "upgrade", "--canary", "25", "--soak", "100ms")
+	u.taskReport(0, "scale", "2")
+	list, err := u.Admin.Sessions(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	home := map[string]int{}
+	for _, s := range list {
+		if pid, ok := home[s.Group]; ok && pid != s.WorkerPID {
+			t.Errorf("%s is split over workers %d and %d", s.Group, pid, s.WorkerPID)
+		}
+		home[s.Group] = s.WorkerPID
+	}
+	close(quiet)
+	talking.Wait()
+	u.everyWordOnce(talkers)
 }

@@ -355,3 +355,34 @@ func TestPlan(t *testing.T) {
 		t.Errorf("a pool that is not there: %v", err)
 	}
 }
+
+// A scale that is taken back: workers that were to go serve on.
+func TestAbortedScaleDown(t *testing.T) {
+	u := newUnit(t)
+	a, b := u.worker(1), u.worker(1)
+	pa, pb := a.play(), b.play()
+	u.sessions(4)
+	for _, p := range []*player{pa, pb} {
+		p.set(func() { p.stubborn = true })
+	}
+	u.s.call(func() { u.pool.cfg.Workers, u.pool.cfg.FreezeTimeout = 2, 20*1e6 })
+	c := u.task(func(b *backend) (*admin.TaskReport, error) {
+		return b.Scale(context.Background(), admin.ScaleRequest{Workers: 1}, nil)
+	})
+	u.awaitPhase(opMoving)
+	u.until(func() bool { return len(u.pool.stays) > 0 })
+	rep, err := u.backend().Abort(context.Background(), admin.AbortRequest{Pool: "p"}, nil)
+	if err != nil || rep.Outcome != admin.OutcomeMoved {
+		t.Fatalf("%v, %+v", err, rep)
+	}
+	if r := u.taskReport(c); r.Outcome != admin.OutcomeRefused || !r.Aborted || r.Stayed != 0 || r.Workers != 2 {
+		t.Errorf("report %+v", r)
+	}
+	wantLoads(t, u.loadOf(a, b), 2, 2)
+	u.s.call(func() {
+		if a.w.state != workerReady || b.w.state != workerReady {
+			t.Errorf("the workers are %s and %s", a.w.state, b.w.state)
+		}
+		u.pool.cfg.Workers = 0
+	})
+}
