@@ -140,6 +140,20 @@ func (k *kept) drop() {
 	clear(k.record)
 }
 
+// duplicate returns a duplicate of the socket, for a pool of which the supervisor keeps
+// none; -1 when there is none to be had, and then sending it fails.
+func (k *kept) duplicate() int {
+	fd := -1
+	if rc, err := k.sock.SyscallConn(); err == nil {
+		_ = rc.Control(func(s uintptr) {
+			if d, err := sys.Dup(int(s)); err == nil {
+				fd = d
+			}
+		})
+	}
+	return fd
+}
+
 // abandon ends a connection that nobody can continue. The supervisor may hold a
 // duplicate, so close alone would leave the peer waiting.
 func abandon(s ktls.Socket) {

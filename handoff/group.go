@@ -237,6 +237,7 @@ func (w *worker) sendBatch(b *batch) {
 	parts := wire.BatchItems(items)
 	for i, part := range parts {
 		if w.gone != nil {
+			(&wire.Message{Items: items}).CloseSockets()
 			return
 		}
 		for j := range part {

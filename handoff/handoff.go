@@ -155,7 +155,7 @@ func newOptions(opts []Option) *options {
 
 // hello is what the worker says about itself.
 func (o *options) hello() *wire.Hello {
-	h := &wire.Hello{Min: wire.Version, Max: wire.Version, PID: os.Getpid(), Name: wire.Clip(o.name), Rekey: true, Able: wire.AbleMarks | wire.AbleArena}
+	h := &wire.Hello{Min: wire.Version, Max: wire.Version, PID: os.Getpid(), Name: wire.Clip(o.name), Rekey: true, Able: wire.AbleMarks | wire.AbleSockets | wire.AbleArena}
 	for _, s := range o.schemas {
 		h.Schemas = append(h.Schemas, wire.Schema{Name: s.Name, Writes: s.Writes, Restores: s.Restores})
 	}

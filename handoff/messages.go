@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
 
@@ -105,6 +106,12 @@ func (w *worker) welcomed(m *wire.Message) error {
 	}
 	w.welcome = hello
 	w.openArena(m)
+	if hello.Keeper != 0 {
+		w.bare = true
+		if err := sys.AllowTracer(hello.Keeper); err != nil {
+			w.log.Warn("if this process hangs, its sessions may be lost", "error", err)
+		}
+	}
 	if w.ready == nil {
 		w.send(&wire.Message{Type: wire.TypeReady})
 		return nil

@@ -139,6 +139,7 @@ func (q *outbox) abandon() []*wire.Message {
 		if m.Type == wire.TypeParked {
 			parked = append(parked, m)
 		}
+		m.CloseSockets()
 		for i := range m.Items {
 			clear(m.Items[i].Cargo.Record)
 		}
@@ -172,6 +173,7 @@ func (q *outbox) run() {
 		q.sending = m
 		q.mu.Unlock()
 		err := q.ch.Send(m)
+		m.CloseSockets() // that it brings back; duplicates
 		for i := range m.Items {
 			clear(m.Items[i].Cargo.Record) // may hold keys; the copy to keep is elsewhere
 		}

@@ -259,8 +259,12 @@ func (s *session) parkedItem() wire.Item {
 	if s.kept.rested {
 		flags = wire.FlagResting
 	}
-	return wire.Item{Ref: wire.Ref{ID: s.id, Epoch: s.attempt}, Group: s.group, Flags: flags,
+	it := wire.Item{Ref: wire.Ref{ID: s.id, Epoch: s.attempt}, Group: s.group, Flags: flags,
 		Cargo: wire.Cargo{Record: slices.Clone(s.kept.record), App: s.kept.app}}
+	if s.conn.w.bare {
+		it.WithSocket, it.Socket = true, s.kept.duplicate()
+	}
+	return it
 }
 
 // unpark puts a parked session back on its Conn.

@@ -55,6 +55,7 @@ type worker struct {
 	resuming map[string][]wire.Ref // RESUMEs of a group whose last part has not come
 	going    gathering             // PARKEDs that wait for others
 	handlers int                   // that run
+	bare     bool                  // nobody else has a duplicate of the sockets
 	marks    *marks                // nil: nobody wants to know
 	checking time.Time             // since when the health check runs; zero: it does not
 	gone     error                 // why there is no supervisor any more
@@ -276,12 +277,14 @@ func (w *worker) awaitHandlers() {
 
 func (w *worker) send(m *wire.Message) {
 	if w.gone != nil {
+		m.CloseSockets()
 		return
 	}
 	if len(w.going.items) > 0 {
 		w.sendParked()
 	}
 	if err := w.out.put(m); err != nil {
+		m.CloseSockets()
 		w.keep(m)
 		w.lost(fmt.Errorf("%w: %w", wire.ErrProtocol, err))
 	}

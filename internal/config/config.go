@@ -108,6 +108,7 @@ type Pool struct {
 	PoisonReset   Duration          `json:"poison_reset"`        // how long a suspect is served in quarantine before it is none any more
 	CrashExact    bool              `json:"crash_exact"`         // workers keep journals, so that a crash of one costs no session of the software layer
 	CrashMemory   int               `json:"crash_memory"`        // MiB of memory for that at most, a worker
+	Retain        bool              `json:"retain"`              // the keeper has a duplicate of every socket, so that sessions outlive their worker
 	NoFile        uint64            `json:"nofile,omitempty"`    // NOFILE limit of a worker; 0 keeps the supervisor's
 	Env           map[string]string `json:"env,omitempty"`       // added to the supervisor's environment
 	Dir           string            `json:"dir,omitempty"`       // working directory; empty keeps the supervisor's
@@ -151,6 +152,7 @@ func NewPool() Pool {
 		StopTimeout:   DefaultStopTimeout,
 		Heartbeat:     DefaultHeartbeat,
 		HangTimeout:   DefaultHangTimeout,
+		Retain:        true,
 		Poison:        DefaultPoison,
 		PoisonReset:   DefaultPoisonReset,
 		CrashExact:    true,

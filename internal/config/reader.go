@@ -77,6 +77,7 @@ func (r *reader) config(c *Config, tree map[string]any) {
 					"poison_reset":   r.duration(&p.PoisonReset),
 					"crash_exact":    r.boolean(&p.CrashExact),
 					"crash_memory":   r.number(&p.CrashMemory),
+					"retain":         r.boolean(&p.Retain),
 					"nofile":         r.limit(&p.NoFile),
 					"env":            r.textMap(&p.Env),
 					"dir":            r.text(&p.Dir),

@@ -30,6 +30,9 @@ func (s *Supervisor) admitSession(a *admission) {
 	s.freeSlots = s.freeSlots[:len(s.freeSlots)-1]
 	ss := &session{slot: slot, pool: p, accepted: s.now().UnixNano(), software: a.software}
 	ss.ID, ss.X = s.led.nextID(), ss
+	if !p.cfg.Retain {
+		a.facts.Cookie, _ = sys.SocketCookie(a.fd) // 0 is found out when it is to be compared
+	}
 	err := s.led.putFacts(slot, a.software, &a.facts)
 	if errors.Is(err, errTooLarge) {
 		err = s.keepBigFacts(ss, a)

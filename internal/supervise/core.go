@@ -71,6 +71,7 @@ type Supervisor struct {
 	hold         func()                            // called once, when nothing works on a socket; see holdLedger
 	replaced     bool                              // a successor leads: nothing more is done here
 	pace         pace
+	sweepAt      time.Time // of the keeper's surplus duplicates, next
 	stopping     bool
 	idle         []func() // called when nothing is under way
 	unanswered   []func() // questions that came while quiescing
@@ -219,6 +220,7 @@ func (s *Supervisor) onTick(now time.Time) {
 	}
 	s.beat(now)
 	s.watchWards(now)
+	s.sweepSockets(now)
 	for a := range s.m.Tries() {
 		if now.After(a.Deadline) {
 			s.attemptTimedOut(a)
@@ -269,7 +271,9 @@ func (s *Supervisor) onMessage(w *worker, ch *wire.Channel, m *wire.Message) {
 	case wire.TypeReady:
 		err = s.onReady(w)
 	case wire.TypeParked:
-		err = s.onParked(w, m)
+		if err = w.withoutSocket(m); err == nil {
+			err = s.onParked(w, m)
+		}
 	case wire.TypeAdopted:
 		err = s.onAdopted(w, m)
 	case wire.TypeRefused:

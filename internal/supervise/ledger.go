@@ -98,7 +98,8 @@ type facts struct {
 	Version  uint16 `cbor:"6,keyasint"`
 	Suite    uint16 `cbor:"7,keyasint"`
 	Reason   string `cbor:"8,keyasint,omitempty"`
-	Overflow bool   `cbor:"9,keyasint,omitempty"` // Facts are with the keeper, too large for the slot
+	Cookie   uint64 `cbor:"10,keyasint,omitempty"` // of its socket; in pools that retain none
+	Overflow bool   `cbor:"9,keyasint,omitempty"`  // Facts are with the keeper, too large for the slot
 }
 
 // record is the record state of a parked session. It is void from the moment before RESUME is sent in the

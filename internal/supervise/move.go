@@ -290,7 +290,11 @@ func (s *Supervisor) refuseFor(w *worker, why string) {
 // settle finds out what has become of a session whose owner has been seen dead while
 // it served: what the owner left behind says how far it came, see estate.go.
 func (s *Supervisor) settle(ss *session, owner uint64) {
-	if !ss.Ended {
+	switch {
+	case ss.Ended:
+	case ss.away:
+		s.m.SettledLost(&ss.Session, goneWithWorker)
+	default:
 		s.inherit(ss, owner)
 	}
 }

@@ -176,6 +176,7 @@ func (s *Supervisor) onHello(w *worker, h *wire.Hello) error {
 	}
 	w.rekeys, w.able = h.Rekey, h.Able
 	w.arena = h.Able&wire.AbleArena != 0 && w.pool.cfg.CrashExact
+	w.bare = !w.pool.cfg.Retain && h.Able&wire.AbleSockets != 0
 	w.greeted = true
 	if w.retained {
 		s.welcome(w)
@@ -187,7 +188,7 @@ func (s *Supervisor) welcome(w *worker) {
 	s.giveArena(w, func(arena uint64) {
 		s.send(w, &wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: wire.Version, Worker: w.ID,
 			Pool: w.pool.name, Generation: w.gen, FreezeTimeout: time.Duration(w.pool.cfg.FreezeTimeout).Milliseconds(),
-			Rekey: s.kernel.Rekey, Arena: arena}})
+			Rekey: s.kernel.Rekey, Arena: arena, Keeper: s.bareKeeper(w)}})
 		s.giveMarks(w)
 	})
 }
@@ -214,6 +215,7 @@ func (s *Supervisor) onReady(w *worker) error {
 	}
 	s.readyChanged()
 	s.wardReady(w)
+	s.bareReady(w)
 	return nil
 }
 

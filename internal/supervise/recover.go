@@ -105,7 +105,7 @@ func (s *Supervisor) recoverWorker(e *keeper.Entry) error {
 		return err
 	}
 	w := &worker{pid: meta.PID, gen: meta.Gen, command: meta.Command, pool: p, proc: proc,
-		schemas: meta.Schemas, rekeys: meta.Rekeys, able: meta.Able, quarantine: meta.Quarantine, state: workerReady}
+		schemas: meta.Schemas, rekeys: meta.Rekeys, able: meta.Able, quarantine: meta.Quarantine, bare: meta.Bare, state: workerReady}
 	w.ID, w.X = e.Key.ID, w
 	switch {
 	case meta.Detached:
@@ -211,6 +211,7 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 	}
 	ss.pool = s.pools[f.Pool]
 	s.sessions[ss.ID] = ss
+	ss.away = !retained[ss.ID]
 	if ss.owes != 0 {
 		s.owing[ss.ID] = ss
 	}
@@ -227,8 +228,10 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 	s.recoverSuspect(ss)
 	switch {
 	case owner != nil:
-	case !retained[ss.ID]:
+	case !retained[ss.ID] && ss.pool.cfg.Retain:
 		s.lose(ss, "the supervisor died before the keeper had its socket")
+	case !retained[ss.ID]:
+		s.lose(ss, goneWithWorker)
 	case e.Phase == slotParked:
 		r, err := s.led.record(slot, e.Software)
 		if err != nil {

@@ -76,8 +76,9 @@ func (s *Supervisor) onSocket(ss *session, f func(fd int) error, then func(error
 	r := ss.change()
 	r.ops++
 	s.keyOps++
+	withSocket := s.socketOf(ss)
 	go func() {
-		err := s.withSocket(ss.ID, f)
+		err := withSocket(f)
 		// Nothing was done then. The keeper may be short of something for a moment, and a
 		// session is at stake.
 		for tries := 0; tries < socketTries && errors.Is(err, errNoSocket); tries++ {
@@ -85,7 +86,7 @@ func (s *Supervisor) onSocket(ss *session, f func(fd int) error, then func(error
 			case <-s.ctx.Done():
 			case <-time.After(socketPause):
 			}
-			err = s.withSocket(ss.ID, f)
+			err = withSocket(f)
 		}
 		s.post(func() {
 			s.keyOps--
@@ -114,6 +115,20 @@ const (
 )
 
 var errNoSocket = errors.New("its socket could not be fetched from the keeper")
+
+// socketOf says how to get at a session's socket, from anywhere.
+func (s *Supervisor) socketOf(ss *session) func(f func(fd int) error) error {
+	if w := ss.owner(); w != nil && ss.away {
+		proc, pid, cookie := w.proc, w.pid, s.cookie(ss)
+		return func(f func(fd int) error) error {
+			ctx, cancel := context.WithTimeout(s.ctx, takeTimeout)
+			defer cancel()
+			return borrowed(ctx, proc, pid, cookie, f)
+		}
+	}
+	id := ss.ID
+	return func(f func(fd int) error) error { return s.withSocket(id, f) }
+}
 
 func (s *Supervisor) withSocket(id uint64, f func(fd int) error) error {
 	ctx, cancel := context.WithTimeout(s.ctx, keeperTimeout)

@@ -33,6 +33,7 @@ type session struct {
 	rxBase uint32
 	owes   owed
 
+	away    bool    // the keeper has no duplicate of its socket; see bare.go
 	estate  *estate // its owner died, and it has no other yet; see estate.go
 	crashes uint8   // of workers in a row that were handling it; see poison.go
 

@@ -55,6 +55,7 @@ type workerMeta struct {
 
 	Able       wire.Abilities `cbor:"16,keyasint,omitempty"`
 	Quarantine bool           `cbor:"17,keyasint,omitempty"`
+	Bare       bool           `cbor:"18,keyasint,omitempty"`
 }
 
 // worker is one worker process. Only the ledger's goroutine touches it, except
@@ -97,6 +98,7 @@ type worker struct {
 	able       wire.Abilities // what it can do besides
 	marks      *marks         // what it says it is handling; nil: it does not say
 	quarantine bool           // takes suspects only; see poison.go
+	bare       bool           // the keeper has no duplicates of its sockets; see bare.go
 }
 
 func (w *worker) String() string {
@@ -145,7 +147,7 @@ func (s *Supervisor) retainWorker(w *worker, chFD int, then func(error)) error {
 	}
 	meta, err := cbor.Marshal(workerMeta{PID: w.pid, Pool: w.pool.name, Gen: w.gen,
 		Ready: w.state == workerReady, Schemas: w.schemas, Command: w.command, Detached: chFD < 0, Rekeys: w.rekeys,
-		Able: w.able, Quarantine: w.quarantine})
+		Able: w.able, Quarantine: w.quarantine, Bare: w.bare})
 	if err != nil {
 		sys.CloseAll(fds)
 		return err
@@ -212,6 +214,10 @@ func (s *Supervisor) startReader(w *worker) {
 				if !errors.Is(err, os.ErrDeadlineExceeded) { // paused for a successor
 					s.post(func() { s.channelEnded(w, ch, err) })
 				}
+				return
+			}
+			if err := s.parkSockets(w, m); err != nil {
+				s.post(func() { s.detach(w, err) })
 				return
 			}
 			s.post(func() { s.onMessage(w, ch, m) })
@@ -353,6 +359,14 @@ func (s *Supervisor) kill(w *worker, why string) {
 	if w.state != workerDetached {
 		w.state = workerStopping
 	}
+	if w.bare && len(w.Sessions) > 0 && !s.stopping {
+		s.takeAndKill(w, why)
+		return
+	}
+	s.sigkill(w, why)
+}
+
+func (s *Supervisor) sigkill(w *worker, why string) {
 	s.log.Warn("killing a worker", "pool", w.pool.name, "pid", w.pid, "why", why)
 	if err := w.proc.Signal(syscall.SIGKILL); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		s.log.Error("cannot kill a worker", "pid", w.pid, "error", err)

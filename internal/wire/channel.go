@@ -92,7 +92,7 @@ func (c *Channel) send(m *Message) error {
 	}
 	for i := range out.Items {
 		it := &out.Items[i]
-		if m.Type == TypeAdopt {
+		if m.Type == TypeAdopt || it.WithSocket {
 			fds = append(fds, it.Socket)
 		}
 		if it.Cargo.Size() <= MaxInline {
@@ -256,7 +256,7 @@ func (m *Message) takeFDs(fds []int) (err error) {
 	for i := range m.Items {
 		it := &m.Items[i]
 		it.Socket = -1
-		if m.Type == TypeAdopt {
+		if m.Type == TypeAdopt || it.WithSocket {
 			if it.Socket, err = next(); err != nil {
 				return err
 			}
@@ -300,6 +300,16 @@ func (m *Message) takeFDs(fds []int) (err error) {
 func contains(list []int, fd int) bool {
 	for _, x := range list {
 		if x == fd {
+			return true
+		}
+	}
+	return false
+}
+
+// HasSockets says whether a socket came with one of m's items.
+func (m *Message) HasSockets() bool {
+	for i := range m.Items {
+		if m.Items[i].Socket > 0 {
 			return true
 		}
 	}

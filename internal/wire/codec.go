@@ -107,6 +107,8 @@ func (m *Message) check() error {
 			return errors.New("session id 0")
 		case len(it.Group) > MaxGroup:
 			return errors.New("a group's name is too long")
+		case it.WithSocket && m.Type != TypeParked:
+			return errors.New("a socket comes back in PARKED only")
 		case it.Cargo.Size() > MaxInline:
 			return fmt.Errorf("cargo of %d bytes in the message, the limit is %d", it.Cargo.Size(), MaxInline)
 		case it.Large && it.Cargo.Size() > 0:

@@ -76,6 +76,10 @@ func (it *Item) append(b []byte) []byte {
 		pairs++
 		b = plaincbor.AppendTrue(append(b, 6))
 	}
+	if it.WithSocket {
+		pairs++
+		b = plaincbor.AppendTrue(append(b, 7))
+	}
 	b[at] = plaincbor.Map<<5 | pairs
 	return b
 }
@@ -148,6 +152,8 @@ func (it *Item) read(in *plaincbor.Reader) {
 			it.Flags = Flags(in.Uint(math.MaxUint8))
 		case 6:
 			it.Large = in.Bool()
+		case 7:
+			it.WithSocket = in.Bool()
 		default:
 			it.Ref.read(in, key)
 		}

@@ -6,6 +6,9 @@ type Abilities uint64
 // AbleMarks: it takes MARKS, and says in that memory which sessions it is handling.
 const AbleMarks Abilities = 1
 
+// AbleSockets: in PARKED it sends the sockets back, if Welcome.Keeper wants that.
+const AbleSockets Abilities = 4
+
 // Marks are shared memory in which a worker says which sessions it is handling, for the
 // case that it dies over one. Words of 64 bits, in the machine's byte order:
 //

@@ -154,8 +154,11 @@ type Item struct {
 	Group string `cbor:"4,keyasint,omitempty"`
 	Flags Flags  `cbor:"5,keyasint,omitempty"`
 	Large bool   `cbor:"6,keyasint,omitempty"`
+	// WithSocket: in PARKED too a descriptor is the session's socket, because nobody else
+	// has one (Welcome.Keeper).
+	WithSocket bool `cbor:"7,keyasint,omitempty"`
 
-	// Socket is the session's descriptor in ADOPT; on the wire it is in the
+	// Socket is the session's descriptor in ADOPT, and in PARKED WithSocket; on the wire it is in the
 	// message's descriptors. The holder of the message owns it. -1 or 0: none.
 	Socket int `cbor:"-"`
 }
@@ -197,6 +200,9 @@ type Welcome struct {
 	// Arena is the size in bytes of the memory file that comes with the message, for the
 	// worker's journals of its sessions (ktls.Arena); 0: none comes.
 	Arena uint64 `cbor:"7,keyasint,omitempty"`
+	// Keeper, if not 0, says that nobody keeps a duplicate of the sockets: PARKED brings
+	// them back, and this process may take them from a worker that hangs.
+	Keeper int `cbor:"8,keyasint,omitempty"`
 }
 
 // Refused says why a session could not be adopted.
