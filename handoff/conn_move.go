@@ -167,7 +167,7 @@ func abandon(s ktls.Socket) {
 // What other goroutines still do with the Conn is interrupted. On an error the
 // connection cannot be continued by anyone.
 func (c *Conn) detach() (*kept, error) {
-	if err := c.leave(); err != nil {
+	if err := c.leave(true); err != nil {
 		return nil, err
 	}
 	c.wmu.Lock()
@@ -178,20 +178,24 @@ func (c *Conn) detach() (*kept, error) {
 	return c.detachLocked(sock, st, err)
 }
 
-// leave lets nobody begin anything with the session any more.
-func (c *Conn) leave() error {
+// leave lets nobody begin anything with the session any more, and interrupts what was
+// begun if that is wanted.
+func (c *Conn) leave(interrupt bool) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.dead != nil {
 		return c.dead
 	}
 	c.detached = true
+	if !interrupt {
+		return nil
+	}
 	return c.updateLocked()
 }
 
 // tryDetach is detach unless that had to wait for something; then done is false.
 func (c *Conn) tryDetach() (k *kept, err error, done bool) {
-	if err := c.leave(); err != nil {
+	if err := c.leave(false); err != nil {
 		return nil, err, true
 	}
 	if !c.wmu.TryLock() {

@@ -39,9 +39,6 @@ func newSoftLayer(sock Socket, p params, tx, rx direction) (*softLayer, error) {
 	l := &softLayer{rc: rc}
 	l.rx.half = half{suite: suite, dir: rx}
 	l.tx.half = half{suite: suite, dir: tx}
-	l.rx.recv = func(fd uintptr) bool { return l.rx.recvFD(fd) }
-	l.tx.sendWait = func(fd uintptr) bool { return l.tx.sendFD(fd) }
-	l.tx.sendNow = func(fd uintptr) { l.tx.sendFD(fd) }
 	return l, nil
 }
 
@@ -142,7 +139,7 @@ type softReader struct {
 	start, end int
 	plain      []byte
 
-	recv  func(fd uintptr) bool // recvFD, bound once so that reading does not allocate
+	recv  func(fd uintptr) bool // recvFD, bound at the first read, so that later ones do not allocate
 	got   int
 	errno syscall.Errno
 	large bool // the last time more came than a small message
@@ -260,6 +257,9 @@ func (r *softReader) whole() ([]byte, error) {
 func (r *softReader) fill(rc syscall.RawConn) error {
 	r.release()
 	r.got, r.errno = 0, 0
+	if r.recv == nil {
+		r.recv = r.recvFD
+	}
 	if err := rc.Read(r.recv); err != nil {
 		r.park()
 		return socketError(err)

@@ -19,7 +19,7 @@ type softWriter struct {
 	buf        *buffer // nil when nothing is kept
 	start, end int
 
-	sendWait func(fd uintptr) bool // sendFD, bound once so that writing does not allocate
+	sendWait func(fd uintptr) bool // sendFD, bound at the first write, so that later ones do not allocate
 	sendNow  func(fd uintptr)
 	errno    syscall.Errno
 }
@@ -106,8 +106,14 @@ func (l *softLayer) flush(wait bool) error {
 	}
 	var err error
 	if wait {
+		if w.sendWait == nil {
+			w.sendWait = w.sendFD
+		}
 		err = l.rc.Write(w.sendWait)
 	} else {
+		if w.sendNow == nil {
+			w.sendNow = func(fd uintptr) { w.sendFD(fd) }
+		}
 		err = l.rc.Control(w.sendNow)
 	}
 	if err == nil && w.errno != 0 {
