@@ -137,11 +137,14 @@ type fake struct {
 	cmd *exec.Cmd
 }
 
-func newUnit(t *testing.T) *unit {
+func newUnit(t *testing.T) *unit { return newUnitOf(t, 64) }
+
+// newUnitOf has room for so many sessions.
+func newUnitOf(t *testing.T, slots int) *unit {
 	t.Helper()
 	goleak.VerifyNone(t)
 	st := newMemStore()
-	led, fd, err := createLedger(64)
+	led, fd, err := createLedger(slots)
 	if err != nil {
 		t.Fatal(err)
 	}

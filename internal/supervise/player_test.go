@@ -18,6 +18,7 @@ type player struct {
 	stubborn bool // reach no safe point
 	had      map[uint64]bool
 	refs     map[uint64]wire.Ref // what it owns
+	seen     func(*wire.Message) // every message
 	holds    []wire.Held         // what it tells a successor
 }
 
@@ -45,6 +46,9 @@ func (f *fake) play() *player {
 func (p *player) answer(m *wire.Message) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.seen != nil {
+		p.seen(m)
+	}
 	r := p.reply(m)
 	return r == nil || p.f.ch.Send(r) == nil
 }
