@@ -182,7 +182,7 @@ func TestHTTP2IsSentAway(t *testing.T) {
 }
 
 // curl keeps one connection over an upgrade.
-func TestCurlKeepAlive(t *testing.T) {
+func TestHostCurlKeepAlive(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("curl"); err != nil {
 		t.Skip("no curl")

@@ -55,10 +55,10 @@ func TestMain(m *testing.M) {
 
 func mux() http.Handler {
 	m := http.NewServeMux()
-	m.HandleFunc("/pid", func(w http.ResponseWriter, r *http.Request) {
+	m.HandleFunc("GET /pid", func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, "%d %x %s", os.Getpid(), r.TLS.Version, r.TLS.ServerName)
 	})
-	m.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) {
+	m.HandleFunc("POST /echo", func(w http.ResponseWriter, r *http.Request) {
 		b, err := io.ReadAll(r.Body)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)

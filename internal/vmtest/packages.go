@@ -30,6 +30,7 @@ var testPackages = []testPackage{
 	{path: "internal/bogo", run: "^TestShimEchoes$"},
 	{path: "internal/keeper"},
 	{path: "handoff"},
+	{path: "handoff/handoffhttp"},
 	{path: "internal/demo", progs: true},
 	{path: "internal/bench", run: "^TestKernelLayer$", progs: true, limit: 12 * time.Minute},
 	// The rest of its tests is about the programs, not the kernel, and runs on the host.
