@@ -75,6 +75,8 @@ func (w *worker) handle(m *wire.Message) error {
 		w.kick(m.Refs)
 	case wire.TypeGrouped:
 		w.grouped(m.Refs[0], m.Group, m.Text)
+	case wire.TypeCheckpointed:
+		w.checkpointed(m.Nonce, m.Text)
 	case wire.TypeMarks:
 		return w.takeMarks(m)
 	case wire.TypeRekeyed, wire.TypePause, wire.TypeSend, wire.TypeContinue, wire.TypeUpdate:
@@ -321,6 +323,7 @@ func (w *worker) inventory(nonce uint64) {
 		}
 	}
 	w.tellRekeys()
+	w.askCheckpoints()
 }
 
 func (s *session) held() wire.Held {

@@ -45,25 +45,27 @@ type worker struct {
 	cancel context.CancelFunc
 
 	// What follows belongs to the loop.
-	welcome  *wire.Welcome
-	arena    *ktls.Arena // for journals; nil: none are kept
-	private  *ktls.Arena // for commits without it
-	rest     *rest       // nil: sessions get none
-	sessions map[uint64]*session
-	tombs    map[uint64]wire.Closed
-	batches  map[string]*batch
-	resuming map[string][]wire.Ref // RESUMEs of a group whose last part has not come
-	going    gathering             // PARKEDs that wait for others
-	handlers int                   // that run
-	bare     bool                  // nobody else has a duplicate of the sockets
-	marks    *marks                // nil: nobody wants to know
-	checking time.Time             // since when the health check runs; zero: it does not
-	gone     error                 // why there is no supervisor any more
-	failed   error                 // why Serve ends early
-	draining bool
-	stopping bool
-	forced   bool      // the time of stopping is over
-	deadline time.Time // of stopping
+	welcome       *wire.Welcome
+	arena         *ktls.Arena // for journals; nil: none are kept
+	private       *ktls.Arena // for commits without it
+	checkpoints   uint64      // of groups, so far
+	checkpointing map[uint64]*groupCheckpoint
+	rest          *rest // nil: sessions get none
+	sessions      map[uint64]*session
+	tombs         map[uint64]wire.Closed
+	batches       map[string]*batch
+	resuming      map[string][]wire.Ref // RESUMEs of a group whose last part has not come
+	going         gathering             // PARKEDs that wait for others
+	handlers      int                   // that run
+	bare          bool                  // nobody else has a duplicate of the sockets
+	marks         *marks                // nil: nobody wants to know
+	checking      time.Time             // since when the health check runs; zero: it does not
+	gone          error                 // why there is no supervisor any more
+	failed        error                 // why Serve ends early
+	draining      bool
+	stopping      bool
+	forced        bool      // the time of stopping is over
+	deadline      time.Time // of stopping
 }
 
 // Serve is a worker's main: it takes the control channel that the supervisor left in
@@ -308,6 +310,7 @@ func (w *worker) lost(err error) {
 		w.keep(m)
 	}
 	w.keepParked()
+	w.dropCheckpoints()
 	w.orphan()
 }
 

@@ -34,6 +34,7 @@ const (
 	KindOutput
 	KindArena  // a worker's arena: memory for the journals of its sessions
 	KindTicket // session-ticket keys, in a memfd
+	KindGroup  // the checkpoint of a group's state, in a sealed memfd
 )
 
 func (k Kind) String() string {
@@ -54,6 +55,8 @@ func (k Kind) String() string {
 		return "arena"
 	case KindTicket:
 		return "ticket"
+	case KindGroup:
+		return "group"
 	default:
 		return fmt.Sprintf("kind %d", uint8(k))
 	}

@@ -60,16 +60,17 @@ type Supervisor struct {
 	mailed       []*worker                         // they have mail
 	awake        []ownership.GroupKey              // whose waiters may ask again
 	waiters      map[ownership.GroupKey][]*session // asked to join while a group was under way
-	owing        map[uint64]*session               // that owe their peer a KeyUpdate
-	keyOps       int                               // goroutines that read or set keys
-	pings        uint32                            // sent so far
-	ranFor       runTime                           // for heartbeats
-	trim         sys.Trim                          // memory, after handshakes and moves
-	trimAt       time.Time                         // next look
-	quiescing    bool                              // a successor is about to start: begin nothing new
-	holding      bool                              // nothing is under way, and nothing begins
-	hold         func()                            // called once, when nothing works on a socket; see holdLedger
-	replaced     bool                              // a successor leads: nothing more is done here
+	groupStates  map[ownership.GroupKey]*groupState
+	owing        map[uint64]*session // that owe their peer a KeyUpdate
+	keyOps       int                 // goroutines that read or set keys
+	pings        uint32              // sent so far
+	ranFor       runTime             // for heartbeats
+	trim         sys.Trim            // memory, after handshakes and moves
+	trimAt       time.Time           // next look
+	quiescing    bool                // a successor is about to start: begin nothing new
+	holding      bool                // nothing is under way, and nothing begins
+	hold         func()              // called once, when nothing works on a socket; see holdLedger
+	replaced     bool                // a successor leads: nothing more is done here
 	pace         pace
 	sweepAt      time.Time // of the keeper's surplus duplicates, next
 	stopping     bool
@@ -282,6 +283,8 @@ func (s *Supervisor) onMessage(w *worker, ch *wire.Channel, m *wire.Message) {
 		err = s.onClosed(w, m)
 	case wire.TypeGroup:
 		err = s.onGroup(w, m)
+	case wire.TypeCheckpoint:
+		err = s.onCheckpoint(w, m)
 	case wire.TypeInventoryReply:
 		err = s.onInventory(w, m)
 	case wire.TypeKeyUpdate, wire.TypeWantUpdate, wire.TypePaused, wire.TypeSent:

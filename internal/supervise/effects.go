@@ -76,7 +76,9 @@ func (s *Supervisor) effect(e *ownership.Effect) {
 		s.offerGroup(e.Move)
 	case ownership.GroupDone:
 		s.awake = append(s.awake, e.Move.Group.Key)
-	case ownership.KeepGroup: // in this process; see docs/ARCHITECTURE.md
+		s.groupDone(e.Move.Group.Key)
+	case ownership.KeepGroup:
+		s.keepGroup(e.Group.Key, e.Group.Blob)
 	case ownership.Kill:
 		w := workerOf(e.Worker)
 		w.doubtful = true

@@ -138,10 +138,14 @@ func (s *Supervisor) holdGroup(g *ownership.Group) {
 			return // the keeper does not have it yet
 		}
 	}
+	if !s.stateReady(g) {
+		return
+	}
 	gm := s.m.HoldGroup(g)
 	if gm == nil {
 		return
 	}
+	s.stateOffered(g)
 	gm.Deadline = now.Add(adoptTimeout)
 	for id, ls := range gm.Members {
 		ls.Try.Began = now
@@ -175,6 +179,9 @@ func (s *Supervisor) onGroupParked(w *worker, m *wire.Message) error {
 	}
 	if s.m.GroupParked(&w.Worker, w.pool.groupKey(m.Group), refs, blob, m.Last) != ownership.Fine {
 		return nil // of an attempt that was given up
+	}
+	if k := w.pool.groupKey(m.Group); blob != nil && s.groupStates[k] != nil {
+		s.keepGroup(k, blob)
 	}
 	for i := range m.Items {
 		it := &m.Items[i]

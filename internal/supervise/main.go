@@ -69,8 +69,8 @@ func newSupervisor(ctx context.Context, log hclog.Logger, k store) *Supervisor {
 	s := &Supervisor{log: log, keeper: k, now: time.Now,
 		events: make(chan func(), 4096), stop: make(chan struct{}), done: make(chan struct{}),
 		sessions: map[uint64]*session{}, workers: map[uint64]*worker{}, pools: map[string]*pool{},
-		waiters: map[ownership.GroupKey][]*session{},
-		owing:   map[uint64]*session{}, keys: kernelKeys{}}
+		waiters: map[ownership.GroupKey][]*session{}, groupStates: map[ownership.GroupKey]*groupState{},
+		owing: map[uint64]*session{}, keys: kernelKeys{}}
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	s.leads(0)
 	return s

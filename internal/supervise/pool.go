@@ -188,7 +188,7 @@ func (s *Supervisor) welcome(w *worker) {
 	s.giveArena(w, func(arena uint64) {
 		s.send(w, &wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: wire.Version, Worker: w.ID,
 			Pool: w.pool.name, Generation: w.gen, FreezeTimeout: time.Duration(w.pool.cfg.FreezeTimeout).Milliseconds(),
-			Rekey: s.kernel.Rekey, Arena: arena, Keeper: s.bareKeeper(w)}})
+			Rekey: s.kernel.Rekey, Arena: arena, Keeper: s.bareKeeper(w), Groups: true}})
 		s.giveMarks(w)
 	})
 }

@@ -45,6 +45,9 @@ func (s *Supervisor) recoverAll(ctx context.Context, done func()) error {
 	if err := s.recoverOutputs(ctx); err != nil {
 		return err
 	}
+	if err := s.recoverGroupStates(ctx); err != nil {
+		return err
+	}
 	if err := s.recoverSessions(ctx); err != nil {
 		return err
 	}
@@ -322,6 +325,7 @@ func (s *Supervisor) endRecovery() {
 	}
 	s.m.Reconcile(said)
 	s.recovery = nil
+	s.dropLostStates()
 	s.log.Info("took over", "incarnation", s.incarnation, "workers", len(s.workers), "sessions", len(s.sessions))
 	r.done()
 }

@@ -168,6 +168,10 @@ func (m *Message) checkBody() error {
 		if m.Welcome.Arena > MaxArena {
 			return fmt.Errorf("arena of %d bytes, the limit is %d", m.Welcome.Arena, MaxArena)
 		}
+	case TypeCheckpoint:
+		if len(m.Refs) != 1 || m.Group == "" || len(m.Blobs) != 1 || m.Blobs[0].Group != m.Group {
+			return errors.New("malformed state of a group")
+		}
 	case TypeGroup, TypeGrouped:
 		if len(m.Refs) != 1 {
 			return errors.New("names no session")

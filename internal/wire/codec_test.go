@@ -69,6 +69,10 @@ func samples() []*Message {
 		{Type: TypeMarks},
 		{Type: TypeHello, Hello: &Hello{Min: 1, Max: 1, PID: 4711, Rekey: true, Able: AbleMarks | AbleArena}},
 		{Type: TypeWelcome, Welcome: &Welcome{Version: 1, Worker: 3, Pool: "chat", Generation: 5, FreezeTimeout: 5000, Arena: 256 << 20}},
+		{Type: TypeWelcome, Welcome: &Welcome{Version: 1, Worker: 3, Pool: "chat", Generation: 5, FreezeTimeout: 5000, Groups: true}},
+		{Type: TypeCheckpoint, Nonce: 4, Group: "room", Refs: []Ref{r}, Blobs: []Blob{{Group: "room", Data: []byte("state")}}},
+		{Type: TypeCheckpointed, Nonce: 4},
+		{Type: TypeCheckpointed, Nonce: 5, Text: "no"},
 	}
 }
 

@@ -79,6 +79,9 @@ const (
 	TypeContinue   Type = 30 // S>W: the next key is set, write on
 	TypeUpdate     Type = 31 // S>W: software layer: send a KeyUpdate yourself; the answer is SENT
 
+	TypeCheckpoint   Type = 35 // W>S: the state of a group, for whoever has it after a crash
+	TypeCheckpointed Type = 36 // S>W: it is kept, or why not
+
 	TypeMarks Type = 32 // S>W: memory for saying which sessions are being handled; see marks.go
 
 	// Between two processes of a program that is its own supervisor (handoff.Upgrader).
@@ -97,7 +100,7 @@ var typeNames = map[Type]string{
 	TypeKeyUpdate: "KEY_UPDATE", TypeRekeyed: "REKEYED", TypeWantUpdate: "WANT_UPDATE",
 	TypePause: "PAUSE", TypePaused: "PAUSED", TypeSend: "SEND", TypeSent: "SENT",
 	TypeBegin: "BEGIN", TypeSettled: "SETTLED", TypeKeys: "KEYS",
-	TypeContinue: "CONTINUE", TypeUpdate: "UPDATE", TypeMarks: "MARKS",
+	TypeContinue: "CONTINUE", TypeUpdate: "UPDATE", TypeMarks: "MARKS", TypeCheckpoint: "CHECKPOINT", TypeCheckpointed: "CHECKPOINTED",
 }
 
 func (t Type) String() string {
@@ -203,6 +206,8 @@ type Welcome struct {
 	// Keeper, if not 0, says that nobody keeps a duplicate of the sockets: PARKED brings
 	// them back, and this process may take them from a worker that hangs.
 	Keeper int `cbor:"8,keyasint,omitempty"`
+	// Groups: the supervisor keeps checkpoints of groups.
+	Groups bool `cbor:"9,keyasint,omitempty"`
 }
 
 // Refused says why a session could not be adopted.
