@@ -346,6 +346,13 @@ func (w *worker) leave(s *session) {
 
 // forget drops this process's copy of a session that is not ours.
 func (w *worker) forget(s *session) {
+	w.strand(s)
+	s.conn.freePlace()
+}
+
+// strand is forget for a session of which nobody may have heard that it is not ours: its
+// journal stays, for whoever sees this process dead.
+func (w *worker) strand(s *session) {
 	delete(w.sessions, s.id)
 	w.marks.take(s.conn)
 	if s.kept != nil {
@@ -355,7 +362,6 @@ func (w *worker) forget(s *session) {
 	} else {
 		s.conn.discard()
 	}
-	s.conn.freePlace()
 	w.leave(s)
 }
 
@@ -433,7 +439,7 @@ func (w *worker) orphan() {
 		}
 		switch {
 		case s.phase == phaseAdopted || s.given():
-			w.forget(s)
+			w.strand(s)
 		case s.batch != nil && s.batch.stage != batchParked:
 			w.cancelBatch(s.batch)
 		case s.batch == nil && s.attempt != 0:
