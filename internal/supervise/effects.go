@@ -82,8 +82,8 @@ func (s *Supervisor) effect(e *ownership.Effect) {
 	case ownership.Kill:
 		w := workerOf(e.Worker)
 		w.doubtful = true
-		if w.closedAt.IsZero() { // else it is most likely dying by itself
-			s.leftAlone(w, w.broke)
+		if w.closedAt.IsZero() { // else it is most likely dying by itself, and gets a moment
+			s.kill(w, notToldWhy)
 		}
 	case ownership.Detached:
 		s.keepDetached(workerOf(e.Worker))

@@ -312,7 +312,7 @@ func (s *Supervisor) leftAlone(w *worker, err error) {
 	case len(w.Sessions) == 0:
 		s.kill(w, "it cannot be reached and has no sessions")
 	case w.doubtful:
-		s.kill(w, "its control channel ended before it had certainly heard which sessions it is to go on with")
+		s.kill(w, notToldWhy)
 	}
 	if op := w.pool.op; op != nil && w.gen == op.to && op.phase != opBack {
 		s.failUpgrade(op, fmt.Errorf("worker (pid %d) of generation %d broke the protocol: %w", w.pid, w.gen, err))
@@ -322,6 +322,9 @@ func (s *Supervisor) leftAlone(w *worker, err error) {
 		s.gone(w)
 	}
 }
+
+// notToldWhy is why a worker cannot be left alone with its sessions.
+const notToldWhy = "its control channel ended before it had certainly heard which sessions it is to go on with"
 
 func (s *Supervisor) closeChannel(w *worker) {
 	if w.ch == nil {
