@@ -44,8 +44,14 @@ func poisonable() int {
 // worker, and is closed; all others live on, and are in no worker that dies twice.
 func TestKernelLayerPoisonIsQuarantinedAndClosed(t *testing.T) {
 	guest.NeedKernelTLS(t)
+	poison(t, "kernel")
+}
+
+func TestHostPoisonIsQuarantinedAndClosed(t *testing.T) { poison(t, "software") }
+
+func poison(t *testing.T, layer string) {
 	const clients = 200
-	u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{role(t, "poisonable")}, "", `offload = "kernel"`)}})
+	u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{role(t, "poisonable")}, "", "offload = \""+layer+"\"")}})
 	f := u.fleet(clients)
 	c, err := tls.DialWithDialer(&net.Dialer{Timeout: patience}, "tcp", u.Addr, insecure())
 	if err != nil {
