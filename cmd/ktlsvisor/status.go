@@ -71,6 +71,9 @@ func printStatus(w io.Writer, st *admin.Status) {
 		for _, wk := range p.Workers {
 			rows = append(rows, []string{p.Name, fmt.Sprint(wk.Generation), strconv.Itoa(wk.PID), workerState(wk), strconv.Itoa(wk.Sessions), command})
 		}
+		if q := p.Quarantine; q != nil {
+			rows = append(rows, []string{p.Name, fmt.Sprint(q.Generation), strconv.Itoa(q.PID), "quarantine, " + workerState(*q), strconv.Itoa(q.Sessions), command})
+		}
 	}
 	table(w, rows)
 }
