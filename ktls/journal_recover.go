@@ -119,7 +119,10 @@ func (j *Journals) recover(key JournalKey, factsData []byte, at sys.TCPPosition)
 	if err := rec.check(f); err != nil {
 		return nil, err
 	}
-	out.Record = rec.encode(make([]byte, 0, rec.size()))
+	if out.Record = rec.encode(make([]byte, 0, rec.size())); len(out.Record) > maxRecord {
+		clear(out.Record)
+		return nil, fmt.Errorf("%d bytes are left of it, the limit is %d", len(out.Record), maxRecord)
+	}
 	return out, nil
 }
 

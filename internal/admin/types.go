@@ -121,6 +121,7 @@ type Session struct {
 	AgeSeconds float64 `json:"age_seconds"`
 	Moves      uint32  `json:"moves"`
 	Reason     string  `json:"reason,omitempty"` // why not in the kernel
+	CrashExact bool    `json:"crash_exact"`      // a crash of its worker is not its end
 }
 
 // UpgradeRequest asks for an upgrade of one pool, or of all when Pool is empty.

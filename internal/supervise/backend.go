@@ -332,6 +332,7 @@ func (s *Supervisor) listSessions() []admin.Session {
 		if ss.software {
 			as.Layer = "software"
 		}
+		as.CrashExact = !ss.software || ss.Owner == nil || workerOf(ss.Owner).arena
 		switch {
 		case ss.owner() == nil:
 			as.Phase = "parked"
