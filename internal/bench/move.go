@@ -49,7 +49,9 @@ type Move struct {
 	StallMax float64 `json:"stall_max_ms"`
 	// CPU is processor time for a session, in µs, by process.
 	CPU map[string]float64 `json:"cpu_us_per_session"`
-	Run Run                `json:"run"`
+	// Load is the machine's load average before it began: what other programs did.
+	Load float64 `json:"load_average_before"`
+	Run  Run     `json:"run"`
 }
 
 // MeasureMove runs one unit through all turns. At the end every client has a byte
@@ -59,6 +61,7 @@ func MeasureMove(o MoveOptions) (m Move, err error) {
 		o.Patience = time.Minute
 	}
 	m = Move{ID: o.ID(), Layer: o.Layer, Sessions: o.Sessions, Workers: o.Workers, Rest: o.Rest, Turns: o.Turns, Run: thisRun()}
+	m.Load = loadAverage()
 	self, err := os.Executable()
 	if err != nil {
 		return m, err
@@ -272,6 +275,14 @@ func (o MoveOptions) released(u *visor.Unit, pids []int) (map[int]release, error
 		return len(found) == len(pids)
 	})
 	return found, err
+}
+
+// loadAverage is that of the last minute, 0 when it is not known.
+func loadAverage() (v float64) {
+	if b, err := os.ReadFile("/proc/loadavg"); err == nil {
+		_, _ = fmt.Sscan(string(b), &v)
+	}
+	return v
 }
 
 func describeCPU(cpu map[string]time.Duration, sessions int) string {

@@ -26,7 +26,10 @@ each client has a byte echoed. Keys are made up by both sides instead of handsha
 time is from the word that the new generation is ready to the end of the last RELEASE.
 Medians of the turns, lowest and highest in brackets. The limit is what SCM_RIGHTS does
 alone, in batches of 64 over the same kind of socket to a process that closes them, in the
-same run. *At rest* means that no handler waits for the session (handoff.WithRest).
+same run. *At rest* means that no handler waits for the session (handoff.WithRest). *Other load* is
+the load average of the machine before the measurement, so of other programs: with two
+processors, a figure above 2 means that the unit had to share them, and that processor time
+says more than the rate.
 
 `)
 	b.WriteString(movesTable(list))
@@ -43,8 +46,8 @@ same run. *At rest* means that no handler waits for the session (handoff.WithRes
 
 func movesTable(list []Move) string {
 	var b strings.Builder
-	b.WriteString(`| sessions | | moved a second | descriptors alone | target | met | stall p50 | p99 | longest | processor time a session |
-|---:|---|---:|---:|---:|---|---:|---:|---:|---|
+	b.WriteString(`| sessions | | moved a second | descriptors alone | target | met | stall p50 | p99 | longest | processor time a session | other load |
+|---:|---|---:|---:|---:|---|---:|---:|---:|---|---:|
 `)
 	for _, m := range list {
 		what := fmt.Sprintf("%s layer, workers: %d, a handler waits in Read", m.Layer, m.Workers)
@@ -62,8 +65,8 @@ func movesTable(list []Move) string {
 			cpu = append(cpu, fmt.Sprintf("%s %.1f", name, m.CPU[name]))
 			sum += m.CPU[name]
 		}
-		fmt.Fprintf(&b, "| %d | %s | %.0f (%.0f to %.0f) | %.0f | %s | %s | %.1f ms | %.1f ms | %.1f ms | %.0f µs: %s |\n", m.Sessions, what,
-			m.Rate, m.Low, m.High, m.RawRate, target, met, m.StallP50, m.StallP99, m.StallMax, sum, strings.Join(cpu, ", "))
+		fmt.Fprintf(&b, "| %d | %s | %.0f (%.0f to %.0f) | %.0f | %s | %s | %.1f ms | %.1f ms | %.1f ms | %.0f µs: %s | %.0f |\n", m.Sessions, what,
+			m.Rate, m.Low, m.High, m.RawRate, target, met, m.StallP50, m.StallP99, m.StallMax, sum, strings.Join(cpu, ", "), m.Load)
 	}
 	return b.String()
 }
@@ -74,5 +77,6 @@ func movesQuote(list []Move) string {
 		return ""
 	}
 	return "\nSessions moved in a second by an upgrade, with 1 KiB of application state each, commit and\n" +
-		"acknowledgement included, and the bare passing of descriptors in the same run as the limit:\n\n" + movesTable(list)
+		"acknowledgement included, and the bare passing of descriptors in the same run as the limit.\n" +
+		"Other load is the machine's load average before, from other programs:\n\n" + movesTable(list)
 }
