@@ -67,6 +67,7 @@ func (c *command) inGuests(ctx context.Context, out io.Writer) ([]faults.Section
 		now = append(now, r)
 		c.print(out, r)
 	}
+	// What was measured is kept, whatever happens to the guest.
 	var list []faults.Section
 	for _, kernel := range strings.Fields(c.kernels) {
 		now = nil
@@ -78,6 +79,9 @@ func (c *command) inGuests(ctx context.Context, out io.Writer) ([]faults.Section
 		})
 		for _, b := range boots {
 			list = append(list, faults.Section{Layer: "kernel", Where: "on Linux " + b.Release, Results: now})
+		}
+		if len(boots) == 0 && len(now) > 0 {
+			list = append(list, faults.Section{Layer: "kernel", Where: "on Linux " + kernel + ", cut short", Results: now})
 		}
 		if err := errors.Join(err, bad); err != nil {
 			return list, err
