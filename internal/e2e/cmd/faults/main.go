@@ -41,6 +41,8 @@ type command struct {
 	twice   bool
 	retry   int
 	table   string
+	json    string
+	merge   string
 	kernels string
 	host    bool
 	guest   bool
@@ -65,6 +67,8 @@ func main() {
 	flag.BoolVar(&c.twice, "twice", false, "kill and stop at the second time of a step, too")
 	flag.IntVar(&c.retry, "retry", 1, "how often a case is run again whose step was not reached")
 	flag.StringVar(&c.table, "o", "", "`file` for the table")
+	flag.StringVar(&c.json, "json", "", "`file` for the results, for -merge")
+	flag.StringVar(&c.merge, "merge", "", "run nothing: make the table of these `files`, separated by commas")
 	flag.StringVar(&c.kernels, "kernels", "", "run the kernel layer in guests with these kernels, too")
 	flag.BoolVar(&c.host, "host", true, "run cases on this machine")
 	flag.BoolVar(&c.guest, "guest", false, "this is a guest: print results for the host")
@@ -86,6 +90,9 @@ func main() {
 }
 
 func (c *command) run(ctx context.Context, out io.Writer) error {
+	if c.merge != "" {
+		return c.mergeAll()
+	}
 	if c.o.Bin == "" {
 		dir, err := os.MkdirTemp("", "kvf")
 		if err != nil {
@@ -125,15 +132,8 @@ func (c *command) run(ctx context.Context, out io.Writer) error {
 	for _, s := range sections {
 		wrong = wrong || slices.ContainsFunc(s.Results, func(r *faults.Result) bool { return len(r.Wrong) > 0 })
 	}
-	if c.table != "" {
-		f, err := os.Create(c.table)
-		if err != nil {
-			return err
-		}
-		faults.Markdown(f, sections)
-		if err := f.Close(); err != nil {
-			return err
-		}
+	if err := c.write(sections); err != nil {
+		return err
 	}
 	if ctx.Err() != nil {
 		return ctx.Err()
