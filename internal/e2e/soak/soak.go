@@ -33,6 +33,7 @@ type Options struct {
 	Upgrades        int    // end earlier, after that many upgrades
 	Only            string // one action only, such as "upgrade"
 	KillWorkers     bool   // sessions outlive their workers in this layer
+	Commits         bool   // the worker commits: no client may miss a byte
 	Say             func(format string, args ...any)
 }
 
@@ -180,7 +181,7 @@ func (s *soak) round(ctx context.Context) error {
 		return err
 	}
 	for _, f := range s.fleet {
-		f.Phase(a.name, a.kills)
+		f.Phase(a.name, a.kills && !s.Commits)
 	}
 	if err := a.do(s, ctx, st); err != nil {
 		return fmt.Errorf("%s: %w", a.name, err)

@@ -22,7 +22,7 @@ import (
 func main() {
 	var o soak.Options
 	bin := flag.String("bin", "bin", "`folder` with ktlsvisor and the worker")
-	worker := flag.String("worker", "echo", "`program` of the workers, an echo service")
+	worker := flag.String("worker", "echo", "`program` of the workers, an echo service; with committing no client may miss a byte")
 	flag.DurationVar(&o.Duration, "time", 30*time.Minute, "how long")
 	flag.IntVar(&o.Upgrades, "upgrades", 0, "end after that many upgrades")
 	flag.IntVar(&o.Sessions, "sessions", 40, "clients that stay")
@@ -52,6 +52,7 @@ func run(ctx context.Context, o soak.Options, bin, worker string, verbose bool) 
 		fmt.Fprintln(os.Stderr, "soak:", err)
 		return 1
 	}
+	o.Commits = worker == "committing"
 	o.Dir, o.Program, o.Worker = dir, filepath.Join(bin, "ktlsvisor"), filepath.Join(bin, worker)
 	r, log, err := soak.Run(ctx, o)
 	if r != nil {
