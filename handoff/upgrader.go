@@ -155,7 +155,9 @@ func newUpgrader(h Handler, o *options, f flip) (*Upgrader, error) {
 // Listen listens on a TCP address, or takes over the listener of the old process that
 // has the same network and address, as they are written. Sessions are accepted once
 // Serve runs and the old process has stopped to. cfg is used for all of them; its
-// OnHandshakeError too.
+// OnHandshakeError too. Session tickets that the old process gave out are good in the new
+// one only if both set the same keys (tls.Config.SetSessionTicketKeys); otherwise such a
+// client makes a full handshake.
 func (u *Upgrader) Listen(network, addr string, cfg *ktls.Config) (net.Addr, error) {
 	if cfg == nil || cfg.TLS == nil {
 		return nil, fmt.Errorf("listen on %s: no TLS configuration", addr)

@@ -292,7 +292,6 @@ type script struct {
 	t    *testing.T
 	flip *fakeFlip
 	ch   *wire.Channel
-	proc *proc // for its expect
 }
 
 // scripted starts an upgrade whose new process is played by the test; result is what

@@ -3,7 +3,6 @@ package handoff
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"os/signal"
 	"time"
@@ -41,7 +40,6 @@ type host struct {
 	down  *line // to the new process, nil when there is none
 
 	role       hostRole
-	serving    bool
 	ended      bool     // the loop has ended; what was posted is only cleaned up
 	ready      bool     // the worker takes sessions
 	revoked    *os.File // pipe from the old process; nil when it gave none
@@ -174,10 +172,14 @@ func (h *host) serve(ctx context.Context) error {
 }
 
 func (h *host) loop(ctx context.Context, sig <-chan os.Signal, ended <-chan error) error {
-	tick := time.NewTicker(hostTick)
-	defer tick.Stop()
+	ticker := time.NewTicker(hostTick)
+	defer ticker.Stop()
 	cancelled := ctx.Done()
 	for {
+		var tick <-chan time.Time
+		if h.giving != nil {
+			tick = ticker.C
+		}
 		select {
 		case err := <-ended:
 			return err
@@ -189,8 +191,8 @@ func (h *host) loop(ctx context.Context, sig <-chan os.Signal, ended <-chan erro
 			h.heard(n)
 		case <-sig:
 			h.upgradeBySignal()
-		case <-tick.C:
-			h.ticked()
+		case now := <-tick:
+			h.giving.ticked(now)
 		case <-cancelled:
 			cancelled = nil
 			h.shutDown()
@@ -291,105 +293,6 @@ func (h *host) nextEpoch() wire.Epoch {
 	return wire.NewEpoch(h.inc, h.count)
 }
 
-// admit gives a new session to the worker.
-func (h *host) admit(a *arrival, done func(error)) {
-	if h.ended || h.role == roleStopping || h.role == roleOrphaned {
-		a.drop()
-		done(ErrStopped)
-		return
-	}
-	if h.role == roleRetiring && h.giving.over {
-		a.drop()
-		done(ErrReplaced)
-		return
-	}
-	e := h.nextEpoch()
-	id := uint64(e) // no other process of the row counts with this number
-	h.residents[id] = &resident{id: id, owner: e}
-	h.vault.put(id, a.secrets)
-	it := wire.Item{Ref: wire.Ref{ID: id, Epoch: e}, Socket: a.fd,
-		Cargo: wire.Cargo{Facts: a.facts, Record: a.record, App: a.state}}
-	h.local.put(&wire.Message{Type: wire.TypeAdopt, Items: []wire.Item{it}}, func(err error) {
-		a.release()
-		done(err)
-	})
-}
-
-// adopted is the worker's word that it can serve these: they are its own, or the old
-// process is told.
-func (h *host) adopted(refs []wire.Ref) {
-	var own, theirs []wire.Ref
-	for _, ref := range refs {
-		r := h.residents[ref.ID]
-		switch {
-		case r == nil || r.owner != ref.Epoch || r.owned:
-		case r.taken:
-			r.able = true
-			theirs = append(theirs, ref)
-		default:
-			r.owned = true
-			own = append(own, ref)
-		}
-	}
-	if len(own) > 0 {
-		h.local.put(&wire.Message{Type: wire.TypeResume, Refs: own}, nil)
-		if h.giving != nil {
-			h.giving.add(own)
-		}
-	}
-	switch {
-	case len(theirs) == 0:
-	case h.up != nil:
-		h.up.put(&wire.Message{Type: wire.TypeAdopted, Refs: theirs}, nil)
-	case h.inheriting:
-		h.inherit()
-	}
-}
-
-// refusedHere is the worker's word that it cannot serve these.
-func (h *host) refusedHere(list []wire.Refused) {
-	var theirs []wire.Refused
-	for _, f := range list {
-		r := h.residents[f.ID]
-		if r == nil || r.owner != f.Epoch || r.owned {
-			continue
-		}
-		h.forget(r)
-		if r.taken {
-			theirs = append(theirs, f)
-			continue
-		}
-		h.log.Error("no session: it could not be begun", "session", f.ID, "error", f.Why)
-	}
-	if len(theirs) > 0 && h.up != nil {
-		h.up.put(&wire.Message{Type: wire.TypeRefused, Refused: theirs}, nil)
-	}
-}
-
-// closed notes ends of sessions.
-func (h *host) closed(list []wire.Closed) {
-	var acks []wire.Ref
-	for _, c := range list {
-		acks = append(acks, c.Ref)
-		r := h.residents[c.ID]
-		if r == nil || r.owner != c.Epoch {
-			continue
-		}
-		h.forget(r)
-		if r.unit != nil {
-			r.unit.ended(r)
-		}
-	}
-	h.local.put(&wire.Message{Type: wire.TypeClosedAck, Refs: acks}, nil)
-}
-
-// forget takes a session off the books.
-func (h *host) forget(r *resident) {
-	delete(h.residents, r.id)
-	h.vault.drop(r.id)
-	h.leaveGroup(r)
-}
-
 // shutDown ends the program's work, as its caller wants.
 func (h *host) shutDown() {
 	if h.role == roleStopping {
@@ -433,12 +336,3 @@ func (h *host) upgradeBySignal() {
 		}
 	}()
 }
-
-// ticked looks at the time.
-func (h *host) ticked() {
-	if h.giving != nil {
-		h.giving.ticked(time.Now())
-	}
-}
-
-func (h *host) String() string { return fmt.Sprintf("process %d, number %d", os.Getpid(), h.inc) }
