@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -339,6 +340,7 @@ func (g *giving) fail(err error) {
 	}
 	h.role = roleLeading
 	g.reopen()
+	go runtime.GC() // to which tableflip leaves the closing of what it had opened for a process that failed
 }
 
 // newLost is the end of the channel with the new process, or of trust in it. Whether it
