@@ -70,6 +70,9 @@ func (s *Supervisor) beginCanary(op *operation) {
 // stepCanary moves the share, whole groups at a time.
 func (s *Supervisor) stepCanary(op *operation) {
 	p, now := op.pool, s.now()
+	if now.Before(op.scanAt) {
+		return
+	}
 	underway := 0
 	for a := range s.m.Tries() {
 		if to := heading(a); sessionOf(a.Session).pool == p && a.From != nil && to != nil && to.gen == op.to {
@@ -81,6 +84,9 @@ func (s *Supervisor) stepCanary(op *operation) {
 		asked := s.askShare(op, missing, func(size, done int) bool { return size <= missing-done })
 		if asked == 0 && underway == 0 && op.report.Moved == 0 {
 			asked = s.askShare(op, 1, func(size, done int) bool { return done == 0 }) // a group larger than the share
+		}
+		if asked == 0 { // all sessions were looked through, and that not at every event
+			op.scanAt = now.Add(tick / 2)
 		}
 		if asked > 0 || underway > 0 || s.someoneLater(op, now) {
 			op.sayLeft(missing+underway, now)
@@ -117,7 +123,8 @@ func (s *Supervisor) askShare(op *operation, n int, fits func(size, done int) bo
 			return asked
 		}
 		before := asked
-		asked += s.shift(w, to, each, func(size, done int) bool { return fits(size, before+done) })
+		n, _ := s.shift(w, to, each, func(size, done int) bool { return fits(size, before+done) })
+		asked += n
 	}
 	return asked
 }

@@ -88,6 +88,7 @@ type operation struct {
 	progress func(admin.Progress)
 	finished func(*operation)
 	lastWord time.Time
+	scanAt   time.Time // when sessions that could not be asked are looked through again
 
 	firstMove, lastMove time.Time // for the rate
 

@@ -200,12 +200,12 @@ func (s *Supervisor) stepTask(op *operation) {
 		}
 		s.conclude(op)
 	case opSpreading:
-		if s.quiescing {
+		if s.quiescing || now.Before(op.scanAt) {
 			return
 		}
 		more := false
 		if now.Before(op.deadline) {
-			more = s.spread(p)
+			more = s.spread(op)
 		} else {
 			op.reason("the time was over before the workers were even")
 		}

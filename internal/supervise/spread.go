@@ -13,14 +13,13 @@ func heading(t *attempt) *worker {
 
 // shift freezes up to n sessions of one worker on their way to another, groups
 // whole; fits says whether a group of size members may go when done sessions have
-// been asked. It returns how many have been asked.
-func (s *Supervisor) shift(from, to *worker, n int, fits func(size, done int) bool) (done int) {
-	now, room := s.now(), window
-	for _, ls := range from.Sessions {
-		ss := sessionOf(ls)
-		if ss.Try != nil {
-			room--
-		}
+// been asked. It returns how many have been asked; full says that no more were because
+// enough are under way.
+func (s *Supervisor) shift(from, to *worker, n int, fits func(size, done int) bool) (done int, full bool) {
+	// In batches, as emptyRetiring.
+	now, room := s.now(), s.pace.window()-s.leaving(from)
+	if n <= 0 || room < s.pace.window()/2 && room < n {
+		return 0, n > 0
 	}
 	var list []*session
 	for _, ls := range from.Sessions {
@@ -50,7 +49,7 @@ func (s *Supervisor) shift(from, to *worker, n int, fits func(size, done int) bo
 	if len(list) > 0 {
 		s.freeze(from, list, to)
 	}
-	return done
+	return done, room <= 0
 }
 
 // even is how far apart two workers may be: one session, or 5 percent of the mean.
@@ -107,7 +106,8 @@ func extremes(p *pool, loads map[*worker]int, stuck map[*worker]bool) (most, few
 // What is asked to move at any time makes the difference smaller, so it comes to an
 // end. It returns false when nothing is left to do: the workers are even, or what
 // could move are groups too large to help.
-func (s *Supervisor) spread(p *pool) bool {
+func (s *Supervisor) spread(op *operation) bool {
+	p := op.pool
 	loads, underway := s.loads(p)
 	if len(loads) < 2 {
 		return underway > 0
@@ -116,19 +116,26 @@ func (s *Supervisor) spread(p *pool) bool {
 	for _, n := range loads {
 		total += n
 	}
-	now, later := s.now(), false
+	now, later, looked := s.now(), false, false
 	stuck := map[*worker]bool{} // they have nothing that could move now
 	for {
 		most, fewest := extremes(p, loads, stuck)
 		if most == nil || most == fewest || loads[most]-loads[fewest] <= even(total/len(loads)) {
+			if looked { // through all sessions, and that not at every event
+				op.scanAt = now.Add(tick / 2)
+			}
 			return underway > 0 || later
 		}
 		diff := loads[most] - loads[fewest]
 		// Neither beyond the mean: what is moved is moved once.
 		want := min(loads[most]-total/len(loads), (total+len(loads)-1)/len(loads)-loads[fewest])
-		n := s.shift(most, fewest, want, func(size, done int) bool { return helps(size, done, diff) })
+		n, full := s.shift(most, fewest, want, func(size, done int) bool { return helps(size, done, diff) })
 		if n == 0 {
 			stuck[most] = true
+			if full {
+				continue
+			}
+			looked = true
 			for _, ls := range most.Sessions {
 				ss := sessionOf(ls)
 				if ss.Try == nil && now.Before(ss.retryAt) {
