@@ -38,12 +38,9 @@ func OpenCommits(mem []byte) (*CommitLog, error) {
 		return nil, err
 	}
 	l := &CommitLog{mem: mem, slots: map[JournalKey][]int{}}
-	for i := range n {
+	for i := range usedSlots(mem, n) {
 		m := l.slot(i)
 		state := sys.LoadShared(m)
-		if state == stateFree && binary.LittleEndian.Uint64(m[slotID:]) == 0 {
-			break // slots are taken in order
-		}
 		if state != stateCommit {
 			continue
 		}

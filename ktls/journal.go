@@ -41,6 +41,7 @@ const (
 	arenaMagic    = 0x314e524a736c746b // "ktlsJRN1"
 	arenaVersion  = 1
 	arenaHeader   = 4096
+	arenaUsed     = 32 // in the header: slots from there on were never used
 	arenaPage     = 4096
 	slotSize      = 1024
 	minArena      = 64 << 10
@@ -161,6 +162,12 @@ func checkArena(mem []byte) (slots int, err error) {
 		return 0, errors.New("the header of the arena is damaged")
 	}
 	return int(n), nil
+}
+
+// usedSlots is how many of n slots were ever used; the memory of the others need not be
+// touched.
+func usedSlots(mem []byte, n int) int {
+	return int(min(uint64(n), sys.LoadShared(mem[arenaUsed:])))
 }
 
 // slotHead is the part of a slot that does not change while it is live.

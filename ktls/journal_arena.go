@@ -61,6 +61,7 @@ func (a *Arena) Place(key JournalKey) (*Place, error) {
 		i, a.freeSlots = a.freeSlots[n-1], a.freeSlots[:n-1]
 	case i < a.slots:
 		a.nextSlot++
+		sys.StoreShared(a.mem[arenaUsed:], uint64(a.nextSlot))
 	default:
 		a.lost.Add(1)
 		return nil, ErrArenaFull

@@ -32,13 +32,8 @@ func OpenJournals(mem []byte) (*Journals, error) {
 		return nil, err
 	}
 	j := &Journals{mem: mem, slots: map[JournalKey]int{}}
-	for i := range n {
+	for i := range usedSlots(mem, n) {
 		m := j.slot(i)
-		// Slots are taken in order, so that an id of 0 is behind the last one used, whose
-		// memory need not be touched.
-		if binary.LittleEndian.Uint64(m[slotID:]) == 0 && sys.LoadShared(m) == stateFree {
-			break
-		}
 		var h slotHead
 		if sys.LoadShared(m) == stateLive && h.load(m) {
 			j.slots[h.key] = i

@@ -82,3 +82,22 @@ func (ta *testArena) recover(t testing.TB, sock Socket, st *State) (facts, recor
 	ta.place = nil
 	return facts, r.Record
 }
+
+// A place that was taken and not used yet, or is just being used, hides no other.
+func TestJournalBehindAnUnusedPlace(t *testing.T) {
+	ta := newTestArena(t)
+	unused, err := ta.a.Place(JournalKey{ID: 1, Epoch: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newScripted(t, LayerSoftware, v13, gcm)
+	ta.journal(t, s.conn)
+	j, err := OpenJournals(ta.mem)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if j.Len() != 1 {
+		t.Errorf("%d journals found, expected 1", j.Len())
+	}
+	unused.Free()
+}
