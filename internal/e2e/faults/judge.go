@@ -95,7 +95,7 @@ func (r *run) recovered() error {
 	if r.res.Detached = detached(st); r.res.Detached > 0 {
 		return nil // what they have cannot move
 	}
-	res := r.unit.Run("upgrade", "--wait", "15s")
+	res := r.unit.Run("upgrade", "--wait", r.Patience.String())
 	st, err = r.awaitQuiet()
 	if err != nil {
 		return err

@@ -23,6 +23,7 @@ type Options struct {
 	Dir      string        // for units; short
 	Patience time.Duration // bounds what takes no time on an idle machine; 20 s
 	Interval time.Duration // between two frames of a busy client; 15 ms
+	Freeze   time.Duration // freeze_timeout of the pool; 400 ms
 	Trace    bool          // note the steps that are passed
 }
 
@@ -38,7 +39,7 @@ name = "default"
 command = [%q]
 workers = 2
 offload = %q
-freeze_timeout = "400ms"
+freeze_timeout = %q
 ready_timeout = "5s"
 stop_timeout = "1s"
 `
@@ -64,6 +65,9 @@ func Run(ctx context.Context, o Options, c Case) *Result {
 	}
 	if o.Interval == 0 {
 		o.Interval = 15 * time.Millisecond
+	}
+	if o.Freeze == 0 {
+		o.Freeze = 400 * time.Millisecond
 	}
 	r := &run{Options: o, c: c, res: &Result{Case: c, Exit: -1}}
 	began := time.Now()
@@ -128,7 +132,7 @@ func (r *run) start() error {
 		}
 	}
 	conf := filepath.Join(r.dir, "c.toml")
-	if err := os.WriteFile(conf, fmt.Appendf(nil, poolConfig, filepath.Join(r.dir, "old"), r.Layer), 0o600); err != nil {
+	if err := os.WriteFile(conf, fmt.Appendf(nil, poolConfig, filepath.Join(r.dir, "old"), r.Layer, r.Freeze.String()), 0o600); err != nil {
 		return err
 	}
 	u, err := visor.Start(visor.Options{Program: filepath.Join(r.Bin, "ktlsvisor"), Args: []string{"-c", conf},
@@ -272,7 +276,7 @@ func (r *run) trigger(ctx context.Context, st *admin.Status) error {
 	var res visor.Result
 	switch r.c.Op {
 	case Upgrade, Restart, Return, Committed:
-		res = r.unit.Run("upgrade", "--json", "--wait", "15s", "--command", filepath.Join(r.dir, "new"))
+		res = r.unit.Run("upgrade", "--json", "--wait", r.Patience.String(), "--command", filepath.Join(r.dir, "new"))
 		_ = json.Unmarshal([]byte(res.Stdout), &r.res.Report)
 	case Succession:
 		res = r.unit.Run("upgrade", "--supervisor")

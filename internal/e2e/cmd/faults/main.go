@@ -58,6 +58,7 @@ func main() {
 	flag.StringVar(&c.o.Dir, "dir", "", "`folder` for sockets; its name must be short")
 	flag.DurationVar(&c.o.Patience, "patience", 20*time.Second, "limit of what takes no time on an idle machine")
 	flag.DurationVar(&c.o.Interval, "interval", 15*time.Millisecond, "between two frames of a busy client")
+	flag.DurationVar(&c.o.Freeze, "freeze", 400*time.Millisecond, "freeze_timeout of the pool")
 	flag.BoolVar(&c.o.Trace, "trace", false, "print the steps that are passed")
 	flag.IntVar(&c.jobs, "j", 2, "cases at a time")
 	flag.StringVar(&c.ops, "ops", strings.Join(faults.Operations, ","), "operations")
