@@ -1,6 +1,7 @@
 package sys
 
 import (
+	"runtime"
 	"sync/atomic"
 	"unsafe"
 
@@ -14,15 +15,24 @@ import (
 // knows what became of the bytes. The result of recvmsg(2) would be lost with the
 // process.
 //
-// Of what is in a note, only the process that made the call can use the addresses.
+// Its addresses are numbers to Go: they are of another process, or whatever that wrote
+// there, when somebody else reads the note, and Go's garbage collector ends a process that
+// comes across such a pointer.
 type note struct {
-	msg  unix.Msghdr
-	n    uint32 // msg_len of struct mmsghdr; noteOpen until the kernel has written it
-	_    uint32
-	iov  unix.Iovec
-	ctl  controlByte
-	kind uint32
-	_    uint32
+	msg struct { // struct msghdr
+		name       uintptr
+		namelen    uint32
+		iov        uintptr
+		iovlen     uintptr
+		control    uintptr
+		controllen uintptr
+		flags      int32
+	}
+	n   uint32 // msg_len of struct mmsghdr; noteOpen until the kernel has written it
+	iov struct {
+		base, len uintptr
+	}
+	ctl controlByte
 }
 
 // NoteSize is the size of a note in bytes. Notes are aligned to it, so that none
@@ -54,7 +64,8 @@ func noteAt(b []byte) *note { return (*note)(unsafe.Pointer(&b[:NoteSize][0])) }
 func OpenNote(b []byte) {
 	n := noteAt(b)
 	atomic.StoreUint32(&n.n, noteOpen)
-	n.msg = unix.Msghdr{Flags: openFlags}
+	n.msg.control, n.msg.controllen = 0, 0
+	n.msg.flags = openFlags
 	n.ctl = controlByte{}
 }
 
@@ -64,30 +75,31 @@ func ReadNote(b []byte) Noted {
 	r := Noted{Type: NoRecordType}
 	taken := atomic.LoadUint32(&n.n)
 	if taken == noteOpen {
-		r.Doubt = n.msg.Flags != openFlags && n.msg.Iov != nil
+		r.Doubt = n.msg.flags != openFlags && n.msg.iov != 0
 		return r
 	}
 	r.N = int(taken)
-	if int(n.msg.Controllen) >= controlByteLen && n.ctl.hdr.Level == unix.SOL_TLS && n.ctl.hdr.Type == tlsGetRecordType {
+	if n.msg.controllen >= controlByteLen && n.ctl.hdr.Level == unix.SOL_TLS && n.ctl.hdr.Type == tlsGetRecordType {
 		r.Type = int(n.ctl.data[0])
 	}
 	return r
 }
 
+func (n *note) vector(p []byte) {
+	n.iov.base, n.iov.len = uintptr(unsafe.Pointer(&p[0])), uintptr(len(p))
+	n.msg.iov, n.msg.iovlen = uintptr(unsafe.Pointer(&n.iov)), 1
+}
+
 // TLSRecvNoted is TLSRecv with the result in a note too. OpenNote must have been
-// called, and the note is not opened again before p's bytes are accounted for. p lies
-// in the same shared memory, outside of Go's heap.
+// called, and the note is not opened again before p's bytes are accounted for. Neither p
+// nor the note may be on a goroutine's stack, which can move.
 func TLSRecvNoted(fd int, note, p []byte) (n, typ int, whole bool, err error) {
 	if len(p) == 0 {
 		return 0, NoRecordType, false, unix.EINVAL
 	}
 	t := noteAt(note)
-	t.iov.Base = &p[0]
-	t.iov.SetLen(len(p))
-	t.msg.Control = (*byte)(unsafe.Pointer(&t.ctl))
-	t.msg.SetControllen(int(unsafe.Sizeof(t.ctl)))
-	t.msg.Iov = &t.iov
-	t.msg.SetIovlen(1)
+	t.vector(p)
+	t.msg.control, t.msg.controllen = uintptr(unsafe.Pointer(&t.ctl)), unsafe.Sizeof(t.ctl)
 	for {
 		r, _, e := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(t)), 1, unix.MSG_DONTWAIT, 0, 0)
 		if e == unix.EINTR {
@@ -101,24 +113,22 @@ func TLSRecvNoted(fd int, note, p []byte) (n, typ int, whole bool, err error) {
 		}
 		break
 	}
+	runtime.KeepAlive(p)
 	v := ReadNote(note)
 	if v.Doubt {
 		return 0, NoRecordType, false, unix.EFAULT
 	}
-	return v.N, v.Type, int(t.msg.Flags)&unix.MSG_EOR != 0, nil
+	return v.N, v.Type, int(t.msg.flags)&unix.MSG_EOR != 0, nil
 }
 
 // TLSSendNoted is TLSSendData with the result in a note too. OpenNote must have been
-// called.
+// called. p is not on a goroutine's stack either.
 func TLSSendNoted(fd int, note, p []byte) (n int, err error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
 	t := noteAt(note)
-	t.iov.Base = &p[0]
-	t.iov.SetLen(len(p))
-	t.msg.Iov = &t.iov
-	t.msg.SetIovlen(1)
+	t.vector(p)
 	for {
 		r, _, e := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(t)), 1,
 			unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, 0, 0)
@@ -131,6 +141,7 @@ func TLSSendNoted(fd int, note, p []byte) (n int, err error) {
 		if r != 1 {
 			return 0, unix.EIO
 		}
+		runtime.KeepAlive(p)
 		return ReadNote(note).N, nil
 	}
 }
