@@ -215,6 +215,7 @@ func TestClaimsOfForeignSessionsAreRefused(t *testing.T) {
 			foreign := u.owned(good, true)
 			bad := u.worker(1)
 			own := u.owned(bad, true)
+			u.sure(bad)
 			bad.send(claim(own, foreign))
 			u.until(func() bool { return bad.w.state == workerDetached })
 			for id, w := range map[uint64]*fake{foreign.ID: good, own.ID: bad} {

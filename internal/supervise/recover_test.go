@@ -148,6 +148,7 @@ func TestDetachedWorkerKeepsItsSessionsOverACrash(t *testing.T) {
 	u := newUnit(t)
 	w := u.worker(1)
 	own := u.owned(w, false)
+	u.sure(w)
 	w.send(&wire.Message{Type: wire.TypeAdopt}) // nonsense
 	u.until(func() bool { return w.w.state == workerDetached })
 	u.crash()

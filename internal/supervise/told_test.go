@@ -6,6 +6,15 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
 
+// sure has a worker answer, so that it is certain what it has heard.
+func (u *unit) sure(f *fake) {
+	u.t.Helper()
+	u.s.call(func() { u.s.ping(f.w) })
+	m := f.expect(wire.TypePing)
+	f.send(&wire.Message{Type: wire.TypePong, Nonce: m.Nonce})
+	u.until(func() bool { return !f.w.beat.open })
+}
+
 // A worker whose channel ends before it has certainly read RESUME may have forgotten the
 // session, and nobody else would serve it: it is killed, seen dead, and the session goes
 // on in another. One that has answered since is left alone with what it serves.
@@ -20,10 +29,7 @@ func TestWorkerThatMayNotHaveHeardIsKilled(t *testing.T) {
 				f := u.worker(1)
 				ref := u.owned(f, false)
 				if sure {
-					u.s.call(func() { u.s.ping(f.w) })
-					m := f.expect(wire.TypePing)
-					f.send(&wire.Message{Type: wire.TypePong, Nonce: m.Nonce})
-					u.settle(f)
+					u.sure(f)
 				}
 				end(f)
 				if sure {
