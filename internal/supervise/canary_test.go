@@ -99,6 +99,7 @@ func TestCanaryThatFailsGoesBack(t *testing.T) {
 			p := young.play()
 			u.awaitPhase(opSoaking)
 			wantLoads(t, u.loadOf(old, young), 5, 5)
+			u.surePlayed(young) // it knows of all five, and the supervisor that it does
 			c.fails(u, young, p)
 			u.until(func() bool { return u.pool.op == nil || u.pool.op.phase > opBack })
 			if name != "dies" && c.gone != 5 {

@@ -341,6 +341,7 @@ func TestPlan(t *testing.T) {
 		t.Errorf("%d were asked, plan %+v", asked, p)
 	}
 	// A worker that cannot be reached.
+	u.surePlayed(a)
 	pa.set(func() { a.send(nonsense) })
 	u.until(func() bool { return a.w.state == workerDetached })
 	p, pp = plan(admin.UpgradeRequest{})

@@ -15,6 +15,13 @@ func (u *unit) sure(f *fake) {
 	u.until(func() bool { return !f.w.beat.open })
 }
 
+// surePlayed is sure for a worker that is played.
+func (u *unit) surePlayed(f *fake) {
+	u.t.Helper()
+	u.s.call(func() { u.s.ping(f.w) })
+	u.until(func() bool { return !f.w.beat.open })
+}
+
 // A worker whose channel ends before it has certainly read RESUME may have forgotten the
 // session, and nobody else would serve it: it is killed, seen dead, and the session goes
 // on in another. One that has answered since is left alone with what it serves.
