@@ -186,6 +186,10 @@ func (w *worker) freeze(m *wire.Message) {
 	var list []*session
 	for _, r := range m.Refs {
 		s := w.sessions[r.ID]
+		if e, ended := w.tombs[r.ID]; ended && s == nil {
+			w.send(&wire.Message{Type: wire.TypeClosed, Closed: []wire.Closed{e}}) // it has not been heard
+			continue
+		}
 		if !s.freezable(r.Epoch) {
 			w.stale("FREEZE", r)
 			continue
