@@ -28,23 +28,26 @@ func (s *Supervisor) admitSession(a *admission) {
 	}
 	slot := s.freeSlots[len(s.freeSlots)-1]
 	s.freeSlots = s.freeSlots[:len(s.freeSlots)-1]
-	ss := &session{slot: slot, pool: p, accepted: s.now().UnixNano(), software: a.software}
+	ss := &session{slot: uint32(slot), pool: p, accepted: s.now().UnixNano(), software: a.software}
 	ss.ID, ss.X = s.led.nextID(), ss
 	if !p.cfg.Retain {
 		a.facts.Cookie, _ = sys.SocketCookie(a.fd) // 0 is found out when it is to be compared
 	}
-	err := s.led.putFacts(slot, a.software, &a.facts)
+	err := s.led.putFacts(slot, &a.facts)
 	if errors.Is(err, errTooLarge) {
 		err = s.keepBigFacts(ss, a)
 	}
 	if err == nil {
-		_, err = s.led.facts(slot) // what cannot be read back would be a session nobody can adopt
+		_, err = ss.allFacts(s.led) // what cannot be read back would be a session nobody can adopt
 	}
-	if err == nil {
-		err = s.led.putRecord(slot, a.software, &a.record)
-	}
-	if err == nil && !a.software {
-		err = s.enterKeys(slot, a.secrets)
+	switch {
+	case err != nil:
+	case a.software:
+		ss.kept, err = s.led.keepRecord(ss.ID, a.record, pieceSize)
+	default:
+		if ss.base, err = s.led.keepRecord(ss.ID, a.record, baseSize); err == nil {
+			err = s.enterKeys(ss.base, a.secrets)
+		}
 	}
 	if err != nil {
 		s.log.Error("session refused: it does not fit the ledger", "peer", a.facts.Peer, "error", err)
@@ -52,6 +55,7 @@ func (s *Supervisor) admitSession(a *admission) {
 		_ = sys.ShutdownBoth(a.fd)
 		sys.CloseAll([]int{a.fd})
 		s.led.free(slot)
+		s.led.release(ss.base)
 		s.freeSlots = append(s.freeSlots, slot)
 		return
 	}
@@ -61,7 +65,7 @@ func (s *Supervisor) admitSession(a *admission) {
 	s.led.count(cntAccepted, 1)
 	s.sessions[ss.ID] = ss
 	s.log.Debug("session", "session", sid(ss.ID), "peer", a.facts.Peer, "pool", p.name, "software", a.software, "reason", a.facts.Reason)
-	rec := a.record.Record
+	rec := a.record
 	s.retain.put(keeper.Entry{Key: ss.key(), FDs: []int{a.fd}}, func(err error) {
 		if s.sessions[ss.ID] != ss {
 			return
@@ -81,10 +85,8 @@ func (s *Supervisor) keepBigFacts(ss *session, a *admission) error {
 	if err != nil {
 		return err
 	}
-	ss.bigFacts = a.facts.Facts
-	small := a.facts
-	small.Facts, small.Overflow = nil, true
-	if err := s.led.putFacts(ss.slot, a.software, &small); err != nil {
+	ss.edit().bigFacts = a.facts.Facts
+	if err := s.led.putBigFacts(int(ss.slot), &a.facts); err != nil {
 		sys.CloseAll([]int{fd})
 		return err
 	}

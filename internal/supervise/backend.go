@@ -322,7 +322,7 @@ func (s *Supervisor) listSessions() []admin.Session {
 	out := make([]admin.Session, 0, len(s.sessions))
 	now := s.now()
 	for _, ss := range s.sessions {
-		f, err := s.led.facts(ss.slot)
+		f, err := ss.allFacts(s.led)
 		if err != nil {
 			f = &facts{}
 		}

@@ -173,7 +173,7 @@ func (s *Supervisor) isSocketOf(fd int, ss *session) bool {
 }
 
 func (s *Supervisor) cookie(ss *session) uint64 {
-	f, err := s.led.facts(ss.slot)
+	f, err := ss.allFacts(s.led)
 	if err != nil {
 		return 0
 	}

@@ -138,7 +138,7 @@ func (s *Supervisor) someoneLater(op *operation, now time.Time) bool {
 		}
 		for _, ls := range w.Sessions {
 			ss := sessionOf(ls)
-			if now.Before(ss.retryAt) {
+			if ss.waits(now) {
 				return true
 			}
 		}

@@ -201,7 +201,7 @@ func (s *Supervisor) isIdle() bool {
 			return false
 		}
 		for _, ss := range p.parked {
-			if ss.cargo.App != nil { // it is in this process's memory only
+			if ss.rare().cargo.App != nil { // it is in this process's memory only
 				return false
 			}
 		}
@@ -339,7 +339,7 @@ func (s *Supervisor) logEnd(ss *session, w *worker, c wire.Closed) {
 	default:
 	}
 	peer := ""
-	if f, err := s.led.facts(ss.slot); err == nil {
+	if f, err := ss.allFacts(s.led); err == nil {
 		peer = f.Peer
 	}
 	s.log.Log(level, "session ended", "session", sid(ss.ID), "peer", peer, "pool", w.pool.name, "pid", w.pid,

@@ -29,7 +29,7 @@ func (f *front) crafted(l *listener, c *net.TCPConn, dup int) error {
 	if err != nil {
 		return err
 	}
-	a := &admission{fd: dup, software: k.Secrets == nil, secrets: k.Secrets, record: record{Record: k.Record},
+	a := &admission{fd: dup, software: k.Secrets == nil, secrets: k.Secrets, record: k.Record,
 		facts: facts{Pool: l.pool, Peer: c.RemoteAddr().String(), Version: k.Version, Suite: k.Suite, Facts: k.Facts}}
 	_ = c.Close() // one of two duplicates
 	f.admit(a)

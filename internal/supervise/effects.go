@@ -58,13 +58,12 @@ func (s *Supervisor) effect(e *ownership.Effect) {
 		s.putEntry(sessionOf(e.Session), e)
 	case ownership.Keep:
 		if ss := sessionOf(e.Session); !ss.Ended && ss.estate == nil { // what an estate has is kept in the arena
-			s.putParked(ss, ss.cargo.Record)
+			s.putParked(ss, ss.rare().cargo.Record)
 		}
 	case ownership.Void:
 		if ss := sessionOf(e.Session); !ss.Ended {
 			s.voidParked(ss)
-			wipe(ss.cargo.Record)
-			ss.cargo = wire.Cargo{}
+			ss.unload()
 		}
 	case ownership.Moved:
 		s.moved(sessionOf(e.Session), e.Try)
@@ -163,8 +162,9 @@ func (s *Supervisor) deliver(w *worker, l *letter) {
 // item is what the target of an attempt gets.
 func (s *Supervisor) item(t *attempt) wire.Item {
 	ss := sessionOf(t.Session)
+	cargo := ss.rare().cargo
 	it := wire.Item{Ref: wire.Ref{ID: ss.ID, Epoch: t.Epoch}, Group: ss.groupName(), Flags: ss.flags,
-		Cargo: wire.Cargo{Facts: ss.facts(s.led), Record: ss.cargo.Record, App: ss.cargo.App}}
+		Cargo: wire.Cargo{Facts: ss.facts(s.led), Record: cargo.Record, App: cargo.App}}
 	if t.Joins != nil {
 		it.Group = t.Joins.Name
 	}
@@ -182,18 +182,21 @@ func (s *Supervisor) putEntry(ss *session, e *ownership.Effect) {
 		if e.Try.From != nil {
 			ss.moves++
 		}
-		ss.refusals, ss.flags, ss.refusedBy = 0, 0, nil
+		ss.flags, ss.kept = 0, 0 // only the new owner knows from now on which bytes and sequence numbers are spent (I5)
+		if m := ss.more; m != nil {
+			m.refusals, m.refusedBy = 0, nil
+		}
 		if !ss.software {
-			k := s.led.keys(ss.slot, ktls.Receiving)
+			k := s.led.keys(ss.base, ktls.Receiving)
 			ss.rxBase = k.gen
 			k.wipe()
 		}
 	case e.From != nil: // back to whom an earlier supervisor had it from: it counts on from its own adoption
-		if b, ok := s.led.before(ss.slot); ok && b.ID == ss.ID && b.Epoch == ss.Epoch {
+		if b, ok := s.led.before(int(ss.slot)); ok && b.ID == ss.ID && b.Epoch == ss.Epoch {
 			ss.rxBase = b.RXBase
 		}
 	}
-	s.led.put(ss.slot, ss.slotEntry())
+	s.led.put(int(ss.slot), ss.slotEntry())
 }
 
 // moved counts a commit.
@@ -247,17 +250,18 @@ func (s *Supervisor) returned(ss *session) {
 	if ss.Ended || ss.Owner != nil || ss.Try != nil {
 		return
 	}
-	why := ss.refused
-	ss.refused = ""
+	why := ss.rare().refused
 	if why != "" {
+		ss.more.refused = ""
 		if p := ss.pool; p.starting == 0 && p.op == nil && p.restartAt.IsZero() && p.count(p.serving, workerReady) >= p.cfg.Workers {
-			ss.refusals++ // nobody else is to come who might take it
+			ss.more.refusals++ // nobody else is to come who might take it
 		}
-		if ss.refusals >= maxRefusals {
-			s.lose(ss, fmt.Sprintf("no worker could take it (%d tried); the last said: %s", ss.refusals, why))
+		n := ss.more.refusals
+		if n >= maxRefusals {
+			s.lose(ss, fmt.Sprintf("no worker could take it (%d tried); the last said: %s", n, why))
 			return
 		}
-		ss.retryAt = s.now().Add(min(100*time.Millisecond<<ss.refusals, 2*time.Second))
+		ss.retryAt = momentOf(s.now().Add(min(100*time.Millisecond<<n, 2*time.Second)))
 	}
 	ss.pool.parked[ss.ID] = ss
 }

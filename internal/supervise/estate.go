@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
@@ -116,12 +115,12 @@ func (s *Supervisor) heir(ss *session) heir {
 		h.facts = ss.facts(s.led)
 		return h
 	}
-	r, err := s.led.record(ss.slot, false)
+	r, err := s.led.record(ss.base, ss.ID)
 	if err != nil {
 		h.err = err
 		return h
 	}
-	h.base = slices.Clone(r.Record)
+	h.base = r
 	return h
 }
 

@@ -25,7 +25,7 @@ const maxHandshakes = 512
 type admission struct {
 	fd       int
 	facts    facts
-	record   record
+	record   []byte
 	secrets  []byte // kernel layer: what ktls.State.MarshalSecrets wrote
 	software bool
 }
@@ -246,11 +246,11 @@ func detach(conn *ktls.Conn, dup int) (*admission, error) {
 	defer func() { _ = sock.Close() }() // one of two duplicates: the peer sees nothing
 	defer st.Wipe()
 	a := &admission{fd: dup, software: st.Layer() == ktls.LayerSoftware}
-	a.facts = facts{SNI: cs.ServerName, ALPN: cs.NegotiatedProtocol, Version: cs.Version, Suite: cs.CipherSuite, Reason: clip(reason, 100)}
+	a.facts = facts{SNI: cs.ServerName, ALPN: cs.NegotiatedProtocol, Version: cs.Version, Suite: cs.CipherSuite, Reason: clip(reason, maxReason)}
 	if a.facts.Facts, err = st.MarshalFacts(); err != nil {
 		return nil, err
 	}
-	if a.record.Record, err = st.MarshalRecord(); err != nil {
+	if a.record, err = st.MarshalRecord(); err != nil {
 		return nil, err
 	}
 	if !a.software { // for the relay of KeyUpdates; the software layer's are in its record state
@@ -260,6 +260,9 @@ func detach(conn *ktls.Conn, dup int) (*admission, error) {
 	}
 	return a, nil
 }
+
+// maxReason is how many bytes of the reason for a record layer are kept to be shown.
+const maxReason = 100
 
 func clip(s string, n int) string {
 	if len(s) > n {

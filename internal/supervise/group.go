@@ -59,7 +59,10 @@ func (s *Supervisor) tryJoin(ss *session, name string) {
 	}
 	switch {
 	case g == nil || home == w && g.Move == nil:
-		ss.joinFails = 0
+		if ss.more != nil {
+			ss.more.joinFails = 0
+			ss.slim()
+		}
 		if ss.Group == nil {
 			s.m.Join(&ss.Session, k)
 		}
@@ -68,10 +71,10 @@ func (s *Supervisor) tryJoin(ss *session, name string) {
 	case home != nil && home.state == workerDetached:
 		s.grouped(ss, name, "the worker that has the group cannot be reached any more")
 	case g.Move != nil || home == nil || home.state != workerReady:
-		ss.wants = name
+		ss.edit().wants = name
 		s.waiters[k] = append(s.waiters[k], ss)
-	case ss.joinFails >= 3:
-		ss.joinFails = 0
+	case ss.rare().joinFails >= 3:
+		ss.edit().joinFails = 0
 		s.grouped(ss, name, "the session could not be moved to the worker that has the group")
 	default:
 		s.freezeOne(w, ss, home, &k)
@@ -97,8 +100,8 @@ func (s *Supervisor) wakeWaiters(k ownership.GroupKey) {
 	list := s.waiters[k]
 	delete(s.waiters, k)
 	for _, ss := range list {
-		name := ss.wants
-		ss.wants = ""
+		name := ss.rare().wants
+		ss.edit().wants = ""
 		if s.sessions[ss.ID] == ss && ss.Owner != nil && ss.Try == nil && name != "" {
 			s.tryJoin(ss, name)
 		}
@@ -114,7 +117,7 @@ func (s *Supervisor) freezeGroup(g *ownership.Group) int {
 	}
 	now := s.now()
 	for _, ls := range g.Members {
-		if now.Before(sessionOf(ls).retryAt) {
+		if sessionOf(ls).waits(now) {
 			return 0
 		}
 	}
@@ -186,7 +189,7 @@ func (s *Supervisor) onGroupParked(w *worker, m *wire.Message) error {
 	for i := range m.Items {
 		it := &m.Items[i]
 		ss := s.sessions[it.ID]
-		ss.cargo = wire.Cargo{Record: it.Cargo.Record, App: it.Cargo.App}
+		ss.edit().cargo = wire.Cargo{Record: it.Cargo.Record, App: it.Cargo.App}
 		ss.flags = wire.FlagRestored | it.Flags&wire.FlagResting
 	}
 	return nil

@@ -345,7 +345,7 @@ func (u *unit) sessionWith(change func(*admission)) uint64 {
 	}
 	_, _ = f.Close(), c.Close()
 	a := &admission{fd: fd, facts: facts{Pool: "p", Peer: "test", Facts: []byte("facts")},
-		record: record{Record: []byte("initial record state")}}
+		record: []byte("initial record state")}
 	change(a)
 	var id uint64
 	u.s.call(func() {
@@ -378,7 +378,7 @@ func (u *unit) owned(f *fake, software bool) wire.Ref {
 func (u *unit) owner(id uint64) (owner uint64, e entry) {
 	u.s.call(func() {
 		if ss := u.s.sessions[id]; ss != nil {
-			e, _, _ = u.s.led.get(ss.slot)
+			e, _, _ = u.s.led.get(int(ss.slot))
 			owner = e.Owner
 		}
 	})

@@ -166,8 +166,8 @@ func (s *Supervisor) offerOthers(w *worker) {
 		s.carryOut()
 		// A worker that is silent has not refused anything: the count, at whose end a
 		// session is lost, is of workers that looked at it.
-		if ss.refusals > 0 {
-			ss.refusals--
+		if m := ss.more; m != nil && m.refusals > 0 {
+			m.refusals--
 		}
 	}
 }

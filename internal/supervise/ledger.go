@@ -21,11 +21,10 @@ import (
 //	+---------------------------+   +-----------------------------------+
 //	| magic, version, sizes     |   | entry A: owner, epoch, phase, crc |
 //	| next id                   |   | entry B: the same, older or newer |
-//	| counters                  |   | facts:  crc, length, CBOR         |
-//	+---------------------------+   | record: state, crc, length, CBOR  |
-//	                                | keys:   kernel layer, see         |
-//	                                |         ledger_keys.go            |
-//	                                +-----------------------------------+
+//	| counters                  |   | facts:   crc, length, CBOR        |
+//	+---------------------------+   +-----------------------------------+
+//	                                pieces, for what few sessions have at
+//	                                a time: see ledger_pieces.go
 //
 // What changes (owner, epoch, phase) is written to the older of the two entries,
 // with a higher sequence number and its checksum last: a supervisor killed in
@@ -33,18 +32,13 @@ import (
 // the shared pages.
 const (
 	ledgerMagic   = 0x6b746c7376697331 // "ktlsvis1"
-	ledgerVersion = 2
+	ledgerVersion = 3
 
 	headerSize = 4096
-	slotSize   = 1024
+	slotSize   = 512
 	entrySize  = 128
 	factsOff   = 2 * entrySize
-	factsSize  = 448
-	recordSize = slotSize - factsOff - factsSize
-	// In the kernel layer the slot ends with keys. There is no reason to give why a
-	// session is in it, and its record state is small.
-	kernelFacts  = 352
-	kernelRecord = slotSize - factsOff - kernelFacts - keysSize
+	factsSize  = slotSize - factsOff
 
 	hdrMagic    = 0
 	hdrVersion  = 8
@@ -52,6 +46,7 @@ const (
 	hdrNextID   = 24
 	hdrStarted  = 32
 	hdrUsed     = 40 // slots ever used: the rest has never been touched, so takes no memory
+	hdrPieces   = 44 // pieces ever used, likewise
 	hdrCounters = 64
 	hdrReasons  = hdrCounters + 8*32
 )
@@ -63,7 +58,7 @@ type slotPhase uint8
 
 const (
 	slotFree   slotPhase = 0
-	slotParked slotPhase = 1 // owned by nobody; its record state is in the slot
+	slotParked slotPhase = 1 // owned by nobody; its record state is in a piece
 	slotOwned  slotPhase = 2 // owned by the worker in entry.Owner
 )
 
@@ -86,40 +81,24 @@ type entry struct {
 	Owes   owed
 	// Crashes of workers in a row that were handling it.
 	Crashes uint8
+	// Pieces, 0 for none: what a session of the kernel layer has for its life, and the
+	// record state of one that is parked.
+	Base, Kept uint32
 }
 
-// facts is the part of a slot that never changes.
+// facts is the part of a slot that never changes. Most of it is in Facts as well, and
+// is written apart only where it is not: see putFacts.
 type facts struct {
 	Pool     string `cbor:"1,keyasint"`
-	Facts    []byte `cbor:"2,keyasint"`
-	Peer     string `cbor:"3,keyasint"`
+	Facts    []byte `cbor:"2,keyasint,omitempty"`
+	Peer     string `cbor:"3,keyasint,omitempty"`
 	SNI      string `cbor:"4,keyasint,omitempty"`
 	ALPN     string `cbor:"5,keyasint,omitempty"`
-	Version  uint16 `cbor:"6,keyasint"`
-	Suite    uint16 `cbor:"7,keyasint"`
+	Version  uint16 `cbor:"6,keyasint,omitempty"`
+	Suite    uint16 `cbor:"7,keyasint,omitempty"`
 	Reason   string `cbor:"8,keyasint,omitempty"`
 	Cookie   uint64 `cbor:"10,keyasint,omitempty"` // of its socket; in pools that retain none
 	Overflow bool   `cbor:"9,keyasint,omitempty"`  // Facts are with the keeper, too large for the slot
-}
-
-// record is the record state of a parked session. It is void from the moment before RESUME is sent in the
-// software layer (I5).
-//
-// In the kernel layer Record stays what it was after the handshake: it holds no
-// sequence number, so it is good for the adoption after any later crash. Parked is
-// what an owner parked since, with bytes that are read or sent once only; it is
-// void as soon as somebody owns the session again.
-type record struct {
-	Record []byte `cbor:"1,keyasint,omitempty"`
-	Parked []byte `cbor:"3,keyasint,omitempty"`
-}
-
-// current is the record state that the next owner gets.
-func (r *record) current() []byte {
-	if r.Parked != nil {
-		return r.Parked
-	}
-	return r.Record
 }
 
 var errTooLarge = errors.New("too large for its place in the ledger")
@@ -127,9 +106,10 @@ var errTooLarge = errors.New("too large for its place in the ledger")
 type ledger struct {
 	mem   []byte
 	slots int
+	spare []uint32 // pieces that were used and are free now
 }
 
-func ledgerSize(slots int) int { return headerSize + slots*slotSize }
+func ledgerSize(slots int) int { return piecesOff(slots) + pieceCount(slots)*pieceSize }
 
 // createLedger makes a new ledger; the caller owns the descriptor.
 func createLedger(slots int) (*ledger, int, error) {
@@ -199,7 +179,8 @@ func (l *ledger) used() int {
 	return min(int(binary.LittleEndian.Uint32(l.mem[hdrUsed:])), l.slots)
 }
 
-// put writes e to the older of the slot's two entries.
+// put writes e to the older of the slot's two entries. The pieces that the one before
+// named and e does not are wiped and free then.
 func (l *ledger) put(i int, e entry) {
 	if i >= l.used() {
 		binary.LittleEndian.PutUint32(l.mem[hdrUsed:], uint32(i+1))
@@ -208,17 +189,23 @@ func (l *ledger) put(i int, e entry) {
 	a, aok := decodeEntry(s[:entrySize])
 	b, bok := decodeEntry(s[entrySize : 2*entrySize])
 	dst := s[:entrySize]
+	var last entry
 	switch {
 	case aok && (!bok || a.Seq >= b.Seq):
-		dst, e.Seq = s[entrySize:2*entrySize], a.Seq+1
+		dst, last = s[entrySize:2*entrySize], a
 	case bok:
-		e.Seq = b.Seq + 1
-	default:
-		e.Seq = 1
+		last = b
 	}
+	e.Seq = last.Seq + 1
 	fault.Step("before-ledger")
 	encodeEntry(dst, e)
 	fault.Step("after-ledger")
+	for _, n := range []uint32{last.Kept, last.Base} {
+		if n != 0 && n != e.Kept && n != e.Base {
+			l.release(n)
+			fault.Step("after-void")
+		}
+	}
 }
 
 // get returns the newest intact entry of a slot; ok is false for a slot never
@@ -261,6 +248,8 @@ func (l *ledger) free(i int) {
 
 func encodeEntry(b []byte, e entry) {
 	binary.LittleEndian.PutUint32(b, 0) // not intact while it is written
+	put24(b[4:7], e.Base)
+	b[7] = byte(e.Kept)
 	binary.LittleEndian.PutUint64(b[8:], e.Seq)
 	binary.LittleEndian.PutUint64(b[16:], e.ID)
 	binary.LittleEndian.PutUint64(b[24:], uint64(e.Epoch))
@@ -279,12 +268,15 @@ func encodeEntry(b []byte, e entry) {
 	binary.LittleEndian.PutUint32(b[120:], e.RXBase)
 	b[124] = byte(e.Owes)
 	b[125] = e.Crashes
+	binary.LittleEndian.PutUint16(b[126:], uint16(e.Kept>>8))
 	fault.Step("half-ledger")
-	binary.LittleEndian.PutUint32(b, crc32.Checksum(b[8:entrySize], crcTable))
+	binary.LittleEndian.PutUint32(b, crc32.Checksum(b[4:entrySize], crcTable))
 }
 
+func put24(b []byte, n uint32) { b[0], b[1], b[2] = byte(n), byte(n>>8), byte(n>>16) }
+
 func decodeEntry(b []byte) (e entry, ok bool) {
-	if crc32.Checksum(b[8:entrySize], crcTable) != binary.LittleEndian.Uint32(b) || int(b[54]) > wire.MaxGroup {
+	if crc32.Checksum(b[4:entrySize], crcTable) != binary.LittleEndian.Uint32(b) || int(b[54]) > wire.MaxGroup {
 		return entry{}, false
 	}
 	e = entry{
@@ -301,6 +293,8 @@ func decodeEntry(b []byte) (e entry, ok bool) {
 		RXBase:   binary.LittleEndian.Uint32(b[120:]),
 		Owes:     owed(b[124]),
 		Crashes:  b[125],
+		Base:     uint32(b[4]) | uint32(b[5])<<8 | uint32(b[6])<<16,
+		Kept:     uint32(b[7]) | uint32(binary.LittleEndian.Uint16(b[126:]))<<8,
 	}
 	return e, e.Seq > 0
 }
@@ -331,47 +325,4 @@ func getPlace(b []byte, v any) error {
 		return errors.New("checksum does not match")
 	}
 	return cbor.Unmarshal(b[8:8+n], v)
-}
-
-func (l *ledger) putFacts(i int, software bool, f *facts) error {
-	size := kernelFacts
-	if software {
-		size = factsSize
-	}
-	return putPlace(l.slot(i)[factsOff:factsOff+size], f)
-}
-
-func (l *ledger) facts(i int) (*facts, error) {
-	f := new(facts)
-	if err := getPlace(l.slot(i)[factsOff:factsOff+factsSize], f); err != nil {
-		return nil, fmt.Errorf("facts in the ledger: %w", err)
-	}
-	return f, nil
-}
-
-// recordPlace is where the record state of a session stands.
-func (l *ledger) recordPlace(i int, software bool) []byte {
-	if software {
-		return l.slot(i)[factsOff+factsSize:]
-	}
-	return l.slot(i)[factsOff+kernelFacts : keysOff]
-}
-
-func (l *ledger) putRecord(i int, software bool, r *record) error {
-	return putPlace(l.recordPlace(i, software), r)
-}
-
-func (l *ledger) record(i int, software bool) (*record, error) {
-	r := new(record)
-	if err := getPlace(l.recordPlace(i, software), r); err != nil {
-		return nil, fmt.Errorf("record state in the ledger: %w", err)
-	}
-	return r, nil
-}
-
-// voidRecord destroys the record state of a slot, before RESUME is sent: from
-// then on only the owner knows its sequence numbers.
-func (l *ledger) voidRecord(i int, software bool) {
-	clear(l.recordPlace(i, software))
-	fault.Step("after-void")
 }

@@ -21,14 +21,18 @@ func TestKTLSFacts(t *testing.T) {
 	}
 	for _, f := range []facts{
 		{Pool: "p", Facts: []byte("f"), Peer: "127.0.0.1:1"},
-		{Pool: strings.Repeat("p", 63), Facts: bytes.Repeat([]byte{7}, 250), Peer: "[::1]:65535", SNI: "a.example", ALPN: "h2", Version: 0x304, Suite: 0x1301},
-		{Pool: "p", Facts: bytes.Repeat([]byte{1}, 24), SNI: strings.Repeat("n", 100), Reason: "because", Version: 0x303},
+		{Pool: strings.Repeat("p", 40), Facts: bytes.Repeat([]byte{7}, 90), Peer: "[::1]:65535", SNI: "a.example", ALPN: "h2", Version: 0x304, Suite: 0x1301},
+		{Pool: "p", Facts: bytes.Repeat([]byte{1}, 24), SNI: strings.Repeat("n", 60), Reason: "because", Version: 0x303},
 		{Pool: "p", Overflow: true, Version: 0x304},
 	} {
-		if err := l.putFacts(0, true, &f); err != nil {
+		put := l.putFacts
+		if f.Overflow {
+			put = l.putBigFacts
+		}
+		if err := put(0, &f); err != nil {
 			t.Fatal(err)
 		}
-		want, err := l.facts(0)
+		want, err := l.facts(0, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -37,11 +41,11 @@ func TestKTLSFacts(t *testing.T) {
 			t.Errorf("%+v: got %x, %v", f, got, ok)
 		}
 	}
-	good := bytes.Clone(l.slot(0)[factsOff : factsOff+factsSize])
+	good := bytes.Clone(l.slot(0)[factsOff:])
 	for i := range good {
 		l.slot(0)[factsOff+i] ^= 0x55 // damaged: nothing, and no panic
 		b, ok := l.ktlsFacts(0)
-		if f, err := l.facts(0); ok && (err != nil || !bytes.Equal(b, f.Facts)) {
+		if f, err := l.facts(0, nil); ok && (err != nil || !bytes.Equal(b, f.Facts)) {
 			t.Errorf("byte %d damaged: %x, %v", i, b, err)
 		}
 		l.slot(0)[factsOff+i] = good[i]

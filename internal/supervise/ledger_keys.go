@@ -10,7 +10,7 @@ import (
 )
 
 // The traffic secrets of a TLS 1.3 session in the kernel layer stand at the end of its
-// slot, for each direction in two places side by side:
+// piece, for each direction in two places side by side:
 //
 //	+--------+--------+--------+--------+
 //	| send 0 | send 1 | recv 0 | recv 1 |   checksum, generation, length, seq, secret
@@ -24,7 +24,7 @@ const (
 	keyHeader = 16
 	maxSecret = keyPlace - keyHeader // SHA-384
 	keysSize  = 4 * keyPlace
-	keysOff   = slotSize - keysSize
+	keysOff   = pieceSize - keysSize
 )
 
 // keyState is what the ledger knows of one direction's keys.
@@ -41,12 +41,12 @@ func (k *keyState) wipe() {
 	*k = keyState{}
 }
 
-func (l *ledger) keyPlace(i int, d ktls.Direction, gen uint32) []byte {
+func (l *ledger) keyPlace(n uint32, d ktls.Direction, gen uint32) []byte {
 	off := keysOff + int(gen&1)*keyPlace
 	if d == ktls.Receiving {
 		off += 2 * keyPlace
 	}
-	return l.slot(i)[off : off+keyPlace : off+keyPlace]
+	return l.piece(n)[off : off+keyPlace : off+keyPlace]
 }
 
 func encodeKey(b []byte, gen uint32, seq uint64, secret []byte) {
@@ -72,31 +72,31 @@ func decodeKey(b []byte) (gen uint32, seq uint64, secret []byte, ok bool) {
 const maxKeyGen = 1<<24 - 1
 
 // initKeys enters the secrets of a new session.
-func (l *ledger) initKeys(i int, tx, rx []byte) error {
+func (l *ledger) initKeys(n uint32, tx, rx []byte) error {
 	if len(tx) > maxSecret || len(rx) > maxSecret {
 		return fmt.Errorf("traffic secret of %d bytes: %w", max(len(tx), len(rx)), errTooLarge)
 	}
-	l.wipeKeys(i)
-	encodeKey(l.keyPlace(i, ktls.Sending, 0), 0, 0, tx)
-	encodeKey(l.keyPlace(i, ktls.Receiving, 0), 0, 0, rx)
+	l.wipeKeys(n)
+	encodeKey(l.keyPlace(n, ktls.Sending, 0), 0, 0, tx)
+	encodeKey(l.keyPlace(n, ktls.Receiving, 0), 0, 0, rx)
 	return nil
 }
 
 // wipeKeys makes sure that nothing of a session that had the slot before is left: what is
 // of the next generation would be taken for this session's next key.
-func (l *ledger) wipeKeys(i int) { clear(l.slot(i)[keysOff:]) }
+func (l *ledger) wipeKeys(n uint32) { clear(l.piece(n)[keysOff:]) }
 
 // changing says whether a change of a direction's key is under way.
-func (l *ledger) changing(i int, d ktls.Direction) bool {
-	k := l.keys(i, d)
+func (l *ledger) changing(n uint32, d ktls.Direction) bool {
+	k := l.keys(n, d)
 	defer k.wipe()
 	return k.next != nil
 }
 
 // keys returns copies, which the caller wipes; the zero value when there are none.
-func (l *ledger) keys(i int, d ktls.Direction) keyState {
-	g0, s0, sec0, ok0 := decodeKey(l.keyPlace(i, d, 0))
-	g1, s1, sec1, ok1 := decodeKey(l.keyPlace(i, d, 1))
+func (l *ledger) keys(n uint32, d ktls.Direction) keyState {
+	g0, s0, sec0, ok0 := decodeKey(l.keyPlace(n, d, 0))
+	g1, s1, sec1, ok1 := decodeKey(l.keyPlace(n, d, 1))
 	dup := func(b []byte) []byte { return append([]byte(nil), b...) }
 	switch {
 	case ok0 && ok1 && g1 == g0+1:
@@ -112,19 +112,19 @@ func (l *ledger) keys(i int, d ktls.Direction) keyState {
 }
 
 // prepare records the intent to go to the next generation.
-func (l *ledger) prepare(i int, d ktls.Direction, k *keyState, next []byte, seq uint64) {
+func (l *ledger) prepare(n uint32, d ktls.Direction, k *keyState, next []byte, seq uint64) {
 	fault.Step("before-key-intent")
-	encodeKey(l.keyPlace(i, d, k.gen+1), k.gen+1, seq, next)
+	encodeKey(l.keyPlace(n, d, k.gen+1), k.gen+1, seq, next)
 	fault.Step("after-key-intent")
 }
 
 // complete records that the key of the next generation is set, and forgets the one
 // before it.
-func (l *ledger) complete(i int, d ktls.Direction, gen uint32) {
+func (l *ledger) complete(n uint32, d ktls.Direction, gen uint32) {
 	fault.Step("before-key-complete")
-	clear(l.keyPlace(i, d, gen))
+	clear(l.keyPlace(n, d, gen))
 	fault.Step("after-key-complete")
 }
 
 // abort takes an intent back: nothing was sent and nothing set.
-func (l *ledger) abort(i int, d ktls.Direction, gen uint32) { clear(l.keyPlace(i, d, gen+1)) }
+func (l *ledger) abort(n uint32, d ktls.Direction, gen uint32) { clear(l.keyPlace(n, d, gen+1)) }

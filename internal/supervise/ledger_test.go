@@ -25,11 +25,13 @@ var sample = entry{ID: 7, Epoch: wire.NewEpoch(3, 9), Owner: 4, Accepted: 12345,
 // What one supervisor wrote, the next one reads, also through its own mapping.
 func TestLedgerOutlivesItsWriter(t *testing.T) {
 	l, fd := newLedger(t, 8)
-	l.put(5, sample)
-	if err := l.putFacts(5, true, &facts{Pool: "p", Facts: []byte("facts"), Peer: "192.0.2.1:1"}); err != nil {
+	e := sample
+	var err error
+	if e.Kept, err = l.keepRecord(sample.ID, []byte("rec"), pieceSize); err != nil {
 		t.Fatal(err)
 	}
-	if err := l.putRecord(5, true, &record{Record: []byte("rec")}); err != nil {
+	l.put(5, e)
+	if err := l.putFacts(5, &facts{Pool: "p", Facts: []byte("facts"), Peer: "192.0.2.1:1"}); err != nil {
 		t.Fatal(err)
 	}
 	l.count(cntMoved, 3)
@@ -40,17 +42,17 @@ func TestLedgerOutlivesItsWriter(t *testing.T) {
 	}
 	defer next.close()
 	got, ok, damaged := next.get(5)
-	want := sample
+	want := e
 	want.Seq = got.Seq
 	if !ok || damaged || got != want {
 		t.Errorf("entry %+v (ok %v, damaged %v), want %+v", got, ok, damaged, want)
 	}
-	f, err := next.facts(5)
+	f, err := next.facts(5, nil)
 	if err != nil || f.Pool != "p" || string(f.Facts) != "facts" {
 		t.Errorf("facts %+v, %v", f, err)
 	}
-	r, err := next.record(5, true)
-	if err != nil || string(r.Record) != "rec" {
+	r, err := next.record(got.Kept, got.ID)
+	if err != nil || string(r) != "rec" {
 		t.Errorf("record %+v, %v", r, err)
 	}
 	if next.used() != 6 {
@@ -121,39 +123,16 @@ func TestDamagedSlotIsNoticed(t *testing.T) {
 	}
 }
 
-// The record state of a software session is void before RESUME is sent, and a
-// freed slot keeps no secret.
-func TestSecretsLeaveTheLedger(t *testing.T) {
-	secret := []byte("0123456789abcdef0123456789abcdef")
-	for name, wipe := range map[string]func(*ledger){
-		"void": func(l *ledger) { l.voidRecord(0, true) },
-		"free": func(l *ledger) { l.free(0) },
-	} {
-		l, _ := newLedger(t, 1)
-		l.put(0, sample)
-		if err := l.putRecord(0, true, &record{Record: secret}); err != nil {
-			t.Fatal(err)
-		}
-		if !bytes.Contains(l.mem, secret) {
-			t.Fatal("the secret is not where it should be; the test is blind")
-		}
-		wipe(l)
-		if bytes.Contains(l.mem, secret) {
-			t.Errorf("%s: the secret is still in the ledger", name)
-		}
-		if _, err := l.record(0, true); err == nil {
-			t.Errorf("%s: record state can still be read", name)
-		}
-	}
-}
-
 func TestLedgerRefusesWhatDoesNotFit(t *testing.T) {
 	l, _ := newLedger(t, 1)
-	if err := l.putFacts(0, true, &facts{Facts: make([]byte, factsSize)}); !errors.Is(err, errTooLarge) {
+	if err := l.putFacts(0, &facts{Facts: make([]byte, factsSize)}); !errors.Is(err, errTooLarge) {
 		t.Errorf("facts: %v", err)
 	}
-	if err := l.putRecord(0, true, &record{Record: make([]byte, recordSize)}); !errors.Is(err, errTooLarge) {
+	if _, err := l.keepRecord(1, make([]byte, pieceSize), pieceSize); !errors.Is(err, errTooLarge) {
 		t.Errorf("record: %v", err)
+	}
+	if _, err := l.keepRecord(1, make([]byte, pieceSize/2), baseSize); !errors.Is(err, errTooLarge) {
+		t.Errorf("record of the handshake: %v", err)
 	}
 }
 
@@ -170,22 +149,5 @@ func TestLedgerRefusesForeignMemory(t *testing.T) {
 	l.mem[hdrVersion]++
 	if _, err := openLedger(fd2); err == nil || !strings.Contains(err.Error(), "version") {
 		t.Errorf("got %v", err)
-	}
-}
-
-// The usual facts and record states of every suite fit a slot.
-func TestUsualSessionFitsASlot(t *testing.T) {
-	l, _ := newLedger(t, 1)
-	f := &facts{Pool: strings.Repeat("p", 32), Facts: make([]byte, 200), Peer: "[2001:db8::ffff:ffff:ffff:ffff]:65535",
-		SNI: "a-rather-long-name.of-a-host.example.org", ALPN: "mqtt", Reason: strings.Repeat("r", 100)}
-	if err := l.putFacts(0, true, f); err != nil {
-		t.Error(err)
-	}
-	f.Reason = ""
-	if err := l.putFacts(0, false, f); err != nil {
-		t.Error(err)
-	}
-	if err := l.putRecord(0, false, &record{Record: make([]byte, 60), Parked: make([]byte, 80)}); err != nil {
-		t.Error(err)
 	}
 }

@@ -1,6 +1,7 @@
 package supervise
 
 import (
+	"bytes"
 	"fmt"
 	"time"
 
@@ -69,7 +70,7 @@ func (s *Supervisor) emptyRetiring(p *pool) {
 				break
 			}
 			ss := sessionOf(ls)
-			if ss.Try != nil || now.Before(ss.retryAt) {
+			if ss.Try != nil || ss.waits(now) {
 				continue
 			}
 			if g := ss.Group; g != nil {
@@ -103,7 +104,7 @@ func (s *Supervisor) placeParked(p *pool) {
 	}
 	now := s.now()
 	for _, ss := range p.parked {
-		if now.Before(ss.retryAt) || ss.Try != nil {
+		if ss.waits(now) || ss.Try != nil {
 			continue
 		}
 		to := p.targetFor(ss)
@@ -147,7 +148,7 @@ func (s *Supervisor) onParked(w *worker, m *wire.Message) error {
 		if s.m.Parked(&w.Worker, it.Ref) != ownership.Fine {
 			continue // of an attempt that was given up; its THAW is under way
 		}
-		ss.cargo = wire.Cargo{Record: it.Cargo.Record, App: it.Cargo.App}
+		ss.edit().cargo = wire.Cargo{Record: it.Cargo.Record, App: it.Cargo.App}
 		ss.flags = wire.FlagRestored | it.Flags&wire.FlagResting
 		s.offerParked(w, ss)
 	}
@@ -190,20 +191,12 @@ func (s *Supervisor) onAdopted(w *worker, m *wire.Message) error {
 }
 
 // voidParked makes sure that nothing of a parked state is ever used again: from
-// here on only the owner knows which bytes and sequence numbers are spent (I5).
+// here on only the owner knows which bytes and sequence numbers are spent (I5). The
+// entry with the owner says so already, unless an earlier supervisor wrote it.
 func (s *Supervisor) voidParked(ss *session) {
-	if ss.software {
-		s.led.voidRecord(ss.slot, ss.software)
-		return
-	}
-	r, err := s.led.record(ss.slot, ss.software)
-	if err != nil || r.Parked == nil {
-		return
-	}
-	r.Parked = nil
-	if err := s.led.putRecord(ss.slot, ss.software, r); err != nil {
-		s.led.voidRecord(ss.slot, ss.software)
-		s.log.Error("session cannot be adopted after a crash of its worker", "session", sid(ss.ID), "error", err)
+	if ss.kept != 0 {
+		ss.kept = 0
+		s.led.put(int(ss.slot), ss.slotEntry())
 	}
 }
 
@@ -241,20 +234,21 @@ func (s *Supervisor) noteRefusal(t *attempt, why string) {
 	ss := sessionOf(t.Session)
 	ss.pool.stayed(t, why, s.now())
 	if t.Step == ownership.Offered {
-		ss.refusedBy = append(ss.refusedBy, t.To.ID)
+		m := ss.edit()
+		m.refusedBy = append(m.refusedBy, t.To.ID)
 	}
-	ss.retryAt = s.now().Add(retryAfter)
+	ss.retryAt = momentOf(s.now().Add(retryAfter))
 	if t.Joins != nil {
-		ss.joinFails++
+		ss.edit().joinFails++
 	}
 	if t.From == nil {
-		ss.refused = why
+		ss.edit().refused = why
 	}
 }
 
 // park keeps a session without an owner until a worker takes it.
 func (s *Supervisor) park(ss *session, c wire.Cargo, flags wire.Flags) {
-	ss.cargo, ss.flags = c, flags
+	ss.edit().cargo, ss.flags = c, flags
 	ss.pool.parked[ss.ID] = ss
 }
 
@@ -302,12 +296,18 @@ func (s *Supervisor) settle(ss *session, owner uint64) {
 // putParked records a session without an owner, with the record state that it
 // was parked with, so that it outlives the supervisor as well.
 func (s *Supervisor) putParked(ss *session, rec []byte) {
-	r, err := s.led.record(ss.slot, ss.software)
-	if err != nil {
-		r = &record{}
+	ss.kept = 0
+	if len(rec) == 0 {
+		return
 	}
-	r.Parked = rec
-	if err := s.led.putRecord(ss.slot, ss.software, r); err != nil {
+	if ss.base != 0 {
+		b, err := s.led.record(ss.base, ss.ID)
+		if err == nil && bytes.Equal(b, rec) {
+			return // the ledger has it
+		}
+	}
+	var err error
+	if ss.kept, err = s.led.keepRecord(ss.ID, rec, pieceSize); err != nil {
 		s.log.Warn("the state of a parked session is not kept over a restart of the supervisor", "session", sid(ss.ID), "error", err)
 	}
 }

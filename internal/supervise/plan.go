@@ -207,7 +207,7 @@ func (c *classifier) alone(ss *session) verdict {
 	case w.deaf:
 		return verdict{classDrain, fmt.Sprintf("its worker (pid %d) does not answer at the moment", w.pid)}
 	}
-	if _, err := c.s.led.facts(ss.slot); err != nil {
+	if _, err := ss.allFacts(c.s.led); err != nil {
 		return verdict{classNever, "its facts cannot be read"}
 	}
 	if st, ok := ss.pool.stays[ss.ID]; ok {

@@ -143,7 +143,7 @@ func (s *Supervisor) blame(w *worker, was workerState) {
 	again := 0
 	for _, ss := range list {
 		sp := d.add(ss)
-		s.led.put(ss.slot, ss.slotEntry())
+		s.led.put(int(ss.slot), ss.slotEntry())
 		sp.lot = 0
 		if ss.crashes > 1 && ss.Group == nil { // it was not alone the last time
 			if again%size == 0 {
@@ -192,7 +192,7 @@ func (s *Supervisor) suspectGroup(ss *session) {
 // closePoison ends a session over which workers died.
 func (s *Supervisor) closePoison(ss *session) {
 	peer := ""
-	if f, err := s.led.facts(ss.slot); err == nil {
+	if f, err := ss.allFacts(s.led); err == nil {
 		peer = f.Peer
 	}
 	s.log.Error("session closed as poison: worker after worker died while handling it, and nothing else", "session", sid(ss.ID),
@@ -286,7 +286,7 @@ func (s *Supervisor) emptyWard(p *pool, now time.Time) {
 		if len(list) >= window {
 			break
 		}
-		if d.suspects[ss.ID] != nil || ss.Try != nil || now.Before(ss.retryAt) {
+		if d.suspects[ss.ID] != nil || ss.Try != nil || ss.waits(now) {
 			continue
 		}
 		g := ss.Group

@@ -130,11 +130,11 @@ func (p *pool) targetFor(ss *session) *worker {
 	if w, ok := p.ward.place(ss, p.serving); ok {
 		return w
 	}
-	if len(ss.refusedBy) > 0 {
-		if w := p.least(p.serving, ss.refusedBy); w != nil {
+	if by := ss.rare().refusedBy; len(by) > 0 {
+		if w := p.least(p.serving, by); w != nil {
 			return w
 		}
-		ss.refusedBy = nil
+		ss.more.refusedBy = nil
 	}
 	if p.canarying() && ss.isNew() && p.op.share.next() {
 		if w := p.targetIn(p.op.to); w != nil {

@@ -1,6 +1,7 @@
 package supervise
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -186,6 +187,7 @@ func (s *Supervisor) recoverSessions(ctx context.Context) error {
 		}
 		s.recoverSession(ctx, i, e, retained)
 	}
+	s.led.sweep()
 	s.led.balance(len(s.sessions))
 	for id := range retained {
 		if s.sessions[id] == nil { // ended, or never entered
@@ -197,14 +199,14 @@ func (s *Supervisor) recoverSessions(ctx context.Context) error {
 }
 
 func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, retained map[uint64]bool) {
-	ss := &session{slot: slot, moves: e.Moves, accepted: e.Accepted, software: e.Software, rxBase: e.RXBase, owes: e.Owes, crashes: e.Crashes}
+	ss := &session{slot: uint32(slot), base: e.Base, kept: e.Kept, moves: e.Moves, accepted: e.Accepted, software: e.Software, rxBase: e.RXBase, owes: e.Owes, crashes: e.Crashes}
 	ss.ID, ss.Epoch, ss.X = e.ID, e.Epoch, ss
-	f, err := s.led.facts(slot)
+	f, err := ss.allFacts(s.led)
 	if err == nil && s.pools[f.Pool] == nil {
 		err = fmt.Errorf("pool %q is unknown", f.Pool)
 	}
 	if err == nil && f.Overflow {
-		ss.bigFacts, err = s.bigFacts(ctx, ss)
+		ss.edit().bigFacts, err = s.bigFacts(ctx, ss)
 	}
 	if err != nil {
 		s.log.Error("session lost: its facts cannot be read", "session", sid(e.ID), "error", err)
@@ -236,7 +238,7 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 	case !retained[ss.ID]:
 		s.lose(ss, goneWithWorker)
 	case e.Phase == slotParked:
-		r, err := s.led.record(slot, e.Software)
+		r, err := s.led.record(cmp.Or(e.Kept, e.Base), ss.ID)
 		if err != nil {
 			s.lose(ss, err.Error())
 			return
@@ -246,7 +248,7 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 			flags |= wire.FlagInterrupted
 			s.led.count(cntInterrupted, 1)
 		}
-		s.park(ss, wire.Cargo{Record: r.current()}, flags)
+		s.park(ss, wire.Cargo{Record: r}, flags)
 	default: // its owner's death had been seen: only then is a worker forgotten
 		s.m.Orphan(&ss.Session, &ownership.Worker{ID: e.Owner})
 	}

@@ -175,7 +175,7 @@ func TestCrashInTheMiddleOfAGroupsCommit(t *testing.T) {
 		ss := u.s.sessions[fr.Refs[0].ID]
 		e := ss.slotEntry()
 		e.Owner, e.Epoch = young.w.ID, fr.Refs[0].Epoch
-		u.s.led.put(ss.slot, e)
+		u.s.led.put(int(ss.slot), e)
 	})
 	u.crash()
 	var atOld, atYoung []wire.Held

@@ -38,7 +38,7 @@ var (
 // updateKeys has a KeyUpdate sent in one session. then is told, in the goroutine that
 // owns the ledger, how it went; it must not wait.
 func (s *Supervisor) updateKeys(ss *session, request bool, then func(error)) {
-	f, err := s.led.facts(ss.slot)
+	f, err := ss.allFacts(s.led)
 	switch {
 	case err != nil:
 	case f.Version != tls.VersionTLS13:

@@ -48,7 +48,7 @@ func (u *unit) soft(f *fake, version uint16) wire.Ref {
 	u.t.Helper()
 	ref := u.owned(f, true)
 	u.s.call(func() {
-		if err := u.s.led.putFacts(u.s.sessions[ref.ID].slot, true, &facts{Pool: "p", Version: version}); err != nil {
+		if err := u.s.led.putFacts(int(u.s.sessions[ref.ID].slot), &facts{Pool: "p", Version: version}); err != nil {
 			u.t.Error(err)
 		}
 	})

@@ -119,7 +119,7 @@ func (u *unit) keyedSession(k *fakeKernel) {
 		a.facts.Version, a.facts.Suite = tls.VersionTLS13, tls.TLS_AES_128_GCM_SHA256
 	})
 	u.s.call(func() {
-		if err := u.s.led.initKeys(u.s.sessions[id].slot, k.tx.secret, k.rx.secret); err != nil {
+		if err := u.s.led.initKeys(u.s.sessions[id].base, k.tx.secret, k.rx.secret); err != nil {
 			u.t.Error(err)
 		}
 	})
@@ -149,7 +149,7 @@ func (u *unit) wantKeys(id uint64, k *fakeKernel, tx, rx int, owes owed) {
 	})
 	u.s.call(func() {
 		ss := u.s.sessions[id]
-		a, b := u.s.led.keys(ss.slot, ktls.Sending), u.s.led.keys(ss.slot, ktls.Receiving)
+		a, b := u.s.led.keys(ss.base, ktls.Sending), u.s.led.keys(ss.base, ktls.Receiving)
 		if int(a.gen) != tx || int(b.gen) != rx || a.next != nil || b.next != nil || ss.owes != owes {
 			u.t.Errorf("ledger: generation %d and %d, changes under way %v and %v, owes %d; want %d and %d, none, %d",
 				a.gen, b.gen, a.next != nil, b.next != nil, ss.owes, tx, rx, owes)
@@ -222,7 +222,7 @@ func TestKeyUpdateOnDemand(t *testing.T) {
 	soft := u.owned(f, true)
 	u.s.call(func() {
 		ss := u.s.sessions[soft.ID]
-		if err := u.s.led.putFacts(ss.slot, true, &facts{Pool: "p", Version: tls.VersionTLS13}); err != nil {
+		if err := u.s.led.putFacts(int(ss.slot), &facts{Pool: "p", Version: tls.VersionTLS13}); err != nil {
 			t.Error(err)
 		}
 		u.s.updateKeys(ss, true, func(err error) { done <- err })
@@ -548,37 +548,42 @@ func (u *unit) dieIn(k *fakeKernel, after bool, start func()) {
 // Whoever supervises when the ledger's page is torn finds the keys before or after.
 func TestKeysInTheLedger(t *testing.T) {
 	l, _ := newLedger(t, 1)
+	n, err := l.keepRecord(7, []byte("base"), baseSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.put(0, entry{ID: 7, Phase: slotOwned, Base: n})
 	tx, rx := bytes.Repeat([]byte{1}, 48), bytes.Repeat([]byte{2}, 48)
-	if err := l.initKeys(0, tx, rx); err != nil {
+	if err := l.initKeys(n, tx, rx); err != nil {
 		t.Fatal(err)
 	}
 	next := bytes.Repeat([]byte{3}, 48)
-	before := bytes.Clone(l.slot(0))
-	k := l.keys(0, ktls.Sending)
-	l.prepare(0, ktls.Sending, &k, next, 77)
-	after := bytes.Clone(l.slot(0))
+	before := bytes.Clone(l.piece(n))
+	k := l.keys(n, ktls.Sending)
+	l.prepare(n, ktls.Sending, &k, next, 77)
+	after := bytes.Clone(l.piece(n))
 	// Every prefix of the bytes that were written.
-	for n := range len(after) + 1 {
-		copy(l.slot(0), append(bytes.Clone(after[:n]), before[n:]...))
-		got := l.keys(0, ktls.Sending)
+	for size := range len(after) + 1 {
+		copy(l.piece(n), append(bytes.Clone(after[:size]), before[size:]...))
+		got := l.keys(n, ktls.Sending)
 		if got.gen != 0 || !bytes.Equal(got.current, tx) || got.next != nil && (!bytes.Equal(got.next, next) || got.seq != 77) {
-			t.Fatalf("after %d bytes: %+v", n, got)
+			t.Fatalf("after %d bytes: %+v", size, got)
 		}
 	}
-	l.complete(0, ktls.Sending, 0)
-	if got := l.keys(0, ktls.Sending); got.gen != 1 || !bytes.Equal(got.current, next) || got.next != nil {
+	l.complete(n, ktls.Sending, 0)
+	if got := l.keys(n, ktls.Sending); got.gen != 1 || !bytes.Equal(got.current, next) || got.next != nil {
 		t.Fatalf("complete: %+v", got)
 	}
 	if bytes.Contains(l.mem, tx) {
 		t.Error("the secret of the generation before is still in the ledger")
 	}
-	k = l.keys(0, ktls.Sending)
-	l.prepare(0, ktls.Sending, &k, tx, 5)
-	l.abort(0, ktls.Sending, k.gen)
-	if got := l.keys(0, ktls.Sending); got.gen != 1 || got.next != nil {
+	k = l.keys(n, ktls.Sending)
+	l.prepare(n, ktls.Sending, &k, tx, 5)
+	l.abort(n, ktls.Sending, k.gen)
+	if got := l.keys(n, ktls.Sending); got.gen != 1 || got.next != nil {
 		t.Fatalf("abort: %+v", got)
 	}
-	if got := l.keys(0, ktls.Receiving); got.gen != 0 || !bytes.Equal(got.current, rx) {
+	if got := l.keys(n, ktls.Receiving); got.gen != 0 || !bytes.Equal(got.current, rx) {
 		t.Fatalf("the other direction: %+v", got)
 	}
 	l.free(0)
@@ -587,14 +592,14 @@ func TestKeysInTheLedger(t *testing.T) {
 	}
 	// Whoever was killed while a slot was freed may have left anything in it.
 	k = keyState{}
-	l.prepare(0, ktls.Receiving, &k, next, 0)
-	if err := l.initKeys(0, tx, rx); err != nil {
+	l.prepare(n, ktls.Receiving, &k, next, 0)
+	if err := l.initKeys(n, tx, rx); err != nil {
 		t.Fatal(err)
 	}
-	if got := l.keys(0, ktls.Receiving); got.next != nil {
+	if got := l.keys(n, ktls.Receiving); got.next != nil {
 		t.Fatal("a key of the session before is this one's next")
 	}
-	if err := l.initKeys(0, make([]byte, 49), rx); !errors.Is(err, errTooLarge) {
+	if err := l.initKeys(n, make([]byte, 49), rx); !errors.Is(err, errTooLarge) {
 		t.Error(err)
 	}
 }

@@ -27,7 +27,7 @@ func (s *Supervisor) shift(from, to *worker, n int, fits func(size, done int) bo
 		if done >= n || room <= 0 {
 			break
 		}
-		if ss.Try != nil || now.Before(ss.retryAt) {
+		if ss.Try != nil || ss.waits(now) {
 			continue
 		}
 		g := ss.Group
@@ -138,7 +138,7 @@ func (s *Supervisor) spread(op *operation) bool {
 			looked = true
 			for _, ls := range most.Sessions {
 				ss := sessionOf(ls)
-				if ss.Try == nil && now.Before(ss.retryAt) {
+				if ss.Try == nil && ss.waits(now) {
 					later = true
 					break
 				}

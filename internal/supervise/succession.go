@@ -77,7 +77,7 @@ func (s *Supervisor) admit(a *admission) {
 // file beside the socket: its record state is secret.
 type lateMessage struct {
 	Facts    facts  `cbor:"1,keyasint"`
-	Record   record `cbor:"2,keyasint"`
+	Record   []byte `cbor:"2,keyasint"`
 	Software bool   `cbor:"3,keyasint"`
 	Secrets  []byte `cbor:"4,keyasint,omitempty"`
 }

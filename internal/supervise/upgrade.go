@@ -103,8 +103,7 @@ func (s *Supervisor) serve(p *pool, gen uint32, command []string) {
 			s.kill(w, "its generation is given up")
 		}
 		for _, ls := range w.Sessions {
-			ss := sessionOf(ls)
-			ss.retryAt = time.Time{}
+			sessionOf(ls).retryAt = 0
 		}
 	}
 	s.savePools()

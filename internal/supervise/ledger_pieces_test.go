@@ -1,0 +1,172 @@
+package supervise
+
+import (
+	"bytes"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/fxamacker/cbor/v2"
+)
+
+// A supervisor that is killed at any store of a session's life leaves a ledger in which
+// the record state that the newest entry names is whole, and nothing else: the next one
+// finds no other, and gives away every other piece.
+func TestPiecesAtEveryStore(t *testing.T) {
+	for _, software := range []bool{true, false} {
+		t.Run(fmt.Sprintf("software=%v", software), func(t *testing.T) {
+			l, _ := newLedger(t, 2)
+			e := entry{ID: 7, Software: software, Phase: slotParked}
+			held := map[uint32]string{} // by piece, as it was written
+			keep := func(what string, size int) uint32 {
+				n, err := l.keepRecord(e.ID, []byte(what), size)
+				if err != nil {
+					t.Fatal(err)
+				}
+				held[n] = what
+				return n
+			}
+			secrets := []string{"of the handshake", "of the first owner", "of the second owner", "of nobody"}
+			look := func(when string) {
+				t.Helper()
+				after, fd := newLedger(t, 2)
+				copy(after.mem, l.mem)
+				next, err := openLedger(fd)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer next.close()
+				got, ok, _ := next.get(0)
+				next.sweep()
+				named := map[string]bool{}
+				for _, n := range []uint32{got.Base, got.Kept} {
+					if !ok || n == 0 {
+						continue
+					}
+					r, err := next.record(n, got.ID)
+					if err != nil || string(r) != held[n] {
+						t.Errorf("%s: the entry names %q: %v", when, r, err)
+					}
+					named[string(r)] = true
+				}
+				for _, s := range secrets {
+					if bytes.Contains(next.mem, []byte(s)) != named[s] {
+						t.Errorf("%s: record state %q, named %v", when, s, named[s])
+					}
+				}
+				for range pieceCount(2) - 1 - len(named) {
+					if n, err := next.keepRecord(9, []byte("other"), pieceSize); err != nil || n == 0 || n == got.Base || n == got.Kept {
+						t.Fatalf("%s: piece %d, %v", when, n, err)
+					}
+				}
+				if _, err := next.keepRecord(9, []byte("other"), pieceSize); err == nil {
+					t.Errorf("%s: there are more pieces than there is memory for", when)
+				}
+			}
+			if software {
+				e.Kept = keep(secrets[0], pieceSize)
+			} else {
+				e.Base = keep(secrets[0], baseSize)
+			}
+			look("before the first entry")
+			l.put(0, e)
+			look("accepted")
+			for i, s := range secrets[1:3] {
+				e.Phase, e.Kept = slotOwned, 0
+				l.put(0, e)
+				look(fmt.Sprint("owned by ", i))
+				if software && bytes.Contains(l.mem, []byte(secrets[i])) {
+					t.Errorf("owner %d may go on, and the record state it was given is in the ledger", i)
+				}
+				e.Phase, e.Kept = slotParked, keep(s, pieceSize)
+				look(fmt.Sprint("half parked by ", i))
+				l.put(0, e)
+				look(fmt.Sprint("parked by ", i))
+			}
+			e.Kept = keep(secrets[3], pieceSize) // parked anew, without an owner between
+			look("half parked anew")
+			l.put(0, e)
+			look("parked anew")
+			l.end(0, endLost)
+			look("ended")
+			for _, s := range secrets {
+				if bytes.Contains(l.mem, []byte(s)) {
+					t.Errorf("ended, and record state %q is in the ledger", s)
+				}
+			}
+		})
+	}
+}
+
+// What is damaged or another session's is no record state.
+func TestForeignPiece(t *testing.T) {
+	l, _ := newLedger(t, 1)
+	n, err := l.keepRecord(7, []byte("state"), pieceSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		n  uint32
+		id uint64
+	}{{n, 8}, {0, 7}, {0, 0}, {n + 1, 7}, {1 << 23, 7}} {
+		if r, err := l.record(c.n, c.id); err == nil {
+			t.Errorf("piece %d of session %d: %q", c.n, c.id, r)
+		}
+	}
+	for i := range pieceHeader + 5 {
+		l.piece(n)[i] ^= 0x21
+		if r, err := l.record(n, 7); err == nil {
+			t.Errorf("byte %d changed: %q", i, r)
+		}
+		l.piece(n)[i] ^= 0x21
+	}
+	if r, err := l.record(n, 7); err != nil || string(r) != "state" {
+		t.Errorf("%q, %v", r, err)
+	}
+}
+
+// Numbers of pieces come back from an entry as they are, up to the most there can be.
+func TestEntryNamesPieces(t *testing.T) {
+	b := make([]byte, entrySize)
+	want := entry{Seq: 1, ID: 2, Base: 0xabcdef, Kept: 0xfedcba, Group: strings.Repeat("g", 64), RXBase: 1<<32 - 1, Owes: 255, Crashes: 255}
+	encodeEntry(b, want)
+	if e, ok := decodeEntry(b); !ok || e != want {
+		t.Errorf("%+v, %v", e, ok)
+	}
+	if pieceCount(1<<20) > 1<<24 { // config's limit of max_sessions
+		t.Error("more pieces than an entry can name")
+	}
+}
+
+// The usual facts of a session fit its slot, and what is left out of them comes back.
+func TestUsualFactsFitASlot(t *testing.T) {
+	l, _ := newLedger(t, 1)
+	want := facts{Pool: "a-name-of-a-pool", Peer: "[2001:db8:1:2:3:4:5:6]:65535", SNI: "a-rather-long-name.of-a-host.example.org", ALPN: "mqtt",
+		Version: 0x304, Suite: 0x1301, Reason: "kernel TLS is not possible: the module tls is not loaded and cannot be"}
+	var err error
+	want.Facts, err = cbor.Marshal(map[int]any{1: 1, 2: make([]byte, 16), 3: want.Version, 4: want.Suite, 6: 2, 7: want.Reason, 8: want.SNI, 9: want.ALPN,
+		11: 4588, 20: "[2001:db8:1:2:3:4:5:7]:65535", 21: want.Peer})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, big := range map[string][]byte{"in the slot": nil, "with the keeper": want.Facts} {
+		put := l.putFacts
+		if big != nil {
+			put = l.putBigFacts
+		}
+		if err := put(0, &want); err != nil {
+			t.Fatalf("%s: %d bytes: %v", name, len(want.Facts), err)
+		}
+		got, err := l.facts(0, big)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if big == nil && !bytes.Equal(got.Facts, want.Facts) {
+			t.Error("the facts are others")
+		}
+		got.Facts, got.Overflow = want.Facts, false
+		if fmt.Sprint(*got) != fmt.Sprint(want) {
+			t.Errorf("%s: %+v, want %+v", name, got, want)
+		}
+	}
+}
