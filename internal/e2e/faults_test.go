@@ -16,6 +16,7 @@ var coreFaults = []string{
 	"upgrade: old before-send-PARKED 1 drop",
 	"upgrade: old after-send-PARKED 1 stop",
 	"upgrade: new before-import 1 nofile",
+	"upgrade: supervisor after-send-FREEZE 1 nofile",
 	"upgrade: new before-send-ADOPTED 1 kill",
 	"upgrade: supervisor before-send-ADOPT 1 fail=ETOOMANYREFS",
 	"upgrade: supervisor recv-ADOPTED 1 peer-reset",

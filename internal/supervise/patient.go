@@ -59,3 +59,14 @@ func (p patientStore) Put(ctx context.Context, entries ...keeper.Entry) error {
 func (p patientStore) Delete(ctx context.Context, keys ...keeper.Key) error {
 	return patiently(ctx, func() error { return p.store.Delete(ctx, keys...) })
 }
+
+// parkedInVain sends sessions back to w that it has parked, because this process had no
+// room for the descriptors of their state. The worker is not to blame.
+func (s *Supervisor) parkedInVain(w *worker, m *wire.Message) {
+	for i := range m.Items {
+		ref := m.Items[i].Ref
+		if ss := s.sessions[ref.ID]; ss != nil && ss.Owner == &w.Worker && ss.Try != nil && ss.Try.Epoch == ref.Epoch {
+			s.refuse(ss.Try, "the supervisor is out of descriptors; raise its NOFILE limit")
+		}
+	}
+}

@@ -210,6 +210,11 @@ func (s *Supervisor) startReader(w *worker) {
 		defer close(done)
 		for {
 			m, err := ch.Recv()
+			var dropped *wire.DescriptorsLostError
+			if errors.As(err, &dropped) && dropped.Message.Type == wire.TypeParked {
+				s.post(func() { s.parkedInVain(w, dropped.Message) })
+				continue
+			}
 			if err != nil {
 				if !errors.Is(err, os.ErrDeadlineExceeded) { // paused for a successor
 					s.post(func() { s.channelEnded(w, ch, err) })

@@ -19,8 +19,8 @@ func actions(s Step) []string {
 			list = append(list, "fail=ETOOMANYREFS", "nofile")
 		}
 		return append(list, PeerClose, PeerReset, PeerHalf)
-	case strings.HasPrefix(s.Name, "after-send-READY"):
-		return []string{"kill", "stop", "close", "nofile"} // without room for the sockets to come
+	case s.Name == "after-send-READY" || s.Name == "after-send-FREEZE":
+		return []string{"kill", "stop", "close", "nofile"} // no room for the descriptors that come next
 	case strings.HasPrefix(s.Name, "after-send-"):
 		return []string{"kill", "stop", "close"}
 	case word == "recv":
