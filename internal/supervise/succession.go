@@ -178,7 +178,7 @@ func (s *Supervisor) replaceSelf(ctx context.Context, p *process, say func(strin
 			s.log.Error("the lead cannot be taken back", "error", rerr)
 			os.Exit(1) // the keeper starts another supervisor, which takes everything over
 		}
-		s.retain = newRetainer(p.client, s.post)
+		s.retain = newRetainer(s.keeper, s.post)
 		back()
 		return err
 	}
@@ -278,14 +278,20 @@ func (s *Supervisor) holdLedger(ctx context.Context, resume <-chan bool) (paused
 	return paused, err
 }
 
-func (s *Supervisor) startSuccessor(ctx context.Context, p *process) error {
+func (s *Supervisor) startSuccessor(ctx context.Context, p *process) (err error) {
 	s.retain.close()
 	fd, err := p.client.Successor(ctx)
 	if err != nil {
 		return err
 	}
 	keeperEnd := os.NewFile(uintptr(fd), "keeper")
-	defer func() { _ = keeperEnd.Close() }()
+	defer func() {
+		if err != nil {
+			// tableflip keeps a duplicate, which would keep the channel open at the keeper.
+			_ = sys.ShutdownBoth(fd)
+		}
+		_ = keeperEnd.Close()
+	}()
 	a, b, err := sys.PacketPair()
 	if err != nil {
 		return err

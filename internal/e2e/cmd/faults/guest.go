@@ -48,7 +48,7 @@ func (c *command) inGuests(ctx context.Context, out io.Writer) ([]faults.Section
 	if err != nil {
 		return nil, err
 	}
-	args := []string{"-guest", "-bin", "/f", "-dir", "/tmp", "-layer", "kernel", "-j", "2", "-interval", "100ms", "-freeze", "3s", "-ops", c.ops, "-only", c.only,
+	args := []string{"-guest", "-bin", "/f", "-dir", "/tmp", "-layer", "kernel", "-j", "3", "-interval", "100ms", "-freeze", "3s", "-ops", c.ops, "-only", c.only,
 		"-some", fmt.Sprint(c.some), "-seed", fmt.Sprint(c.seed), "-patience", (3 * c.o.Patience).String()}
 	args = append(args, c.cases...)
 	var now []*faults.Result // of the guest that runs
