@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
@@ -110,7 +111,8 @@ func (c *Conn) Checkpoint(state []byte) error {
 func (c *Conn) Durable() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.commits.Live() && c.durable
+	// In the software layer a session goes on from its journal, or not at all.
+	return c.commits.Live() && c.durable && (c.tls.Layer() != ktls.LayerSoftware || c.place.Live())
 }
 
 // takeCommits begins keeping what is committed of a session; nil: nothing is. durable:
@@ -127,17 +129,39 @@ func (w *worker) takeCommits(id uint64, epoch wire.Epoch, t *ktls.Conn, state []
 		}
 		w.log.Warn("a crash of this worker will cost what is committed of a session", "session", id, "error", err)
 	}
-	if w.private == nil {
-		if w.private, err = privateArena(); err != nil {
-			w.log.Error("Commit is not possible", "error", err)
-			return nil, false
-		}
+	private, err := w.private.open()
+	if err != nil {
+		w.log.Error("Commit is not possible", "error", err)
+		return nil, false
 	}
-	if k, err = w.private.NewCommits(t, key, state, w.commit == commitStates); err != nil {
+	if k, err = private.NewCommits(t, key, state, w.commit == commitStates); err != nil {
 		w.log.Error("Commit is not possible", "session", id, "error", err)
 		return nil, false
 	}
 	return k, false
+}
+
+// lazyArena is made when the first session needs it. Sessions that come back onto their
+// Conns do so in goroutines of their own.
+type lazyArena struct {
+	mu sync.Mutex
+	a  *ktls.Arena
+}
+
+func (l *lazyArena) open() (a *ktls.Arena, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.a == nil {
+		l.a, err = privateArena()
+	}
+	return l.a, err
+}
+
+// opened is nil when nobody has needed it yet.
+func (l *lazyArena) opened() *ktls.Arena {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.a
 }
 
 // privateArena is for sessions that nobody could go on with: for moves.

@@ -87,10 +87,12 @@ const arenaTrim = 5 * time.Second
 
 // trimArena gives memory back that journals did not need for a while.
 func (w *worker) trimArena() {
-	if w.arena == nil {
-		return
-	}
-	if err := w.arena.Trim(); err != nil {
-		w.log.Debug("memory of journals was not given back", "error", err)
+	for _, a := range []*ktls.Arena{w.arena, w.private.opened()} {
+		if a == nil {
+			continue
+		}
+		if err := a.Trim(); err != nil {
+			w.log.Debug("memory of journals was not given back", "error", err)
+		}
 	}
 }

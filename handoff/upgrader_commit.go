@@ -1,6 +1,7 @@
 package handoff
 
 import (
+	"errors"
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
@@ -132,6 +133,10 @@ func (g *giving) resolve() {
 		_ = g.far.Conn().SetReadDeadline(time.Now().Add(time.Second))
 		for {
 			m, err := g.far.Recv()
+			var lost *wire.DescriptorsLostError
+			if errors.As(err, &lost) {
+				continue // an ADOPT; what matters may come behind it
+			}
 			if err != nil {
 				break
 			}

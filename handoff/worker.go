@@ -36,6 +36,7 @@ type worker struct {
 	done    chan struct{} // closed when the loop has ended
 
 	arenaFull atomic.Bool // said once
+	private   lazyArena   // for commits without the supervisor's arena
 
 	ticks atomic.Uint32 // of the clock by which sessions get a rest
 
@@ -47,7 +48,6 @@ type worker struct {
 	// What follows belongs to the loop.
 	welcome       *wire.Welcome
 	arena         *ktls.Arena // for journals; nil: none are kept
-	private       *ktls.Arena // for commits without it
 	checkpoints   uint64      // of groups, so far
 	checkpointing map[uint64]*groupCheckpoint
 	rest          *rest // nil: sessions get none

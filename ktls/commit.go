@@ -58,6 +58,11 @@ func (c *Conn) Commit(consumed int, state, output []byte, send bool) (done bool,
 	if k.left == 0 {
 		k.lead = len(c.queued)
 	}
+	if _, kernel := c.layer.(*kernelLayer); kernel && len(c.queued) > k.left {
+		// What a Write queued and the socket has not taken is nowhere but in this process.
+		// The journal of the software layer has it.
+		k.plainSince(2)
+	}
 	queued, err := k.commit(consumed, state, c.queued[k.lead:], output, c.sentCount(k))
 	if err != nil {
 		return false, err
@@ -126,13 +131,16 @@ func (c *Conn) sendQueued(p []byte) (n int, err error) {
 // plainOutput notes that output goes out that is not committed: after a crash nobody
 // knows how much of it was.
 func (c *Conn) plainOutput() {
-	k := c.commits
-	if k == nil {
-		return
+	if k := c.commits; k != nil {
+		k.plainSince(1)
 	}
+}
+
+// plainSince notes that there is such output until so many more Commits were made.
+func (k *Commits) plainSince(n uint64) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if at := k.rec.commits + 1; k.get(wordPlain) != at {
+	if at := k.rec.commits + n; k.get(wordPlain) < at {
 		k.set(wordPlain, at)
 	}
 }

@@ -111,7 +111,7 @@ func (k *commitCopy) read(mem, m []byte, rec commitRecord) (err error) {
 	if !k.kept {
 		return nil
 	}
-	k.exact = word(wordPlain) != rec.commits+1
+	k.exact = word(wordPlain) <= rec.commits
 
 	k.inEnd = word(wordReceived)
 	note := sys.ReadNote(m[commitNoteRX:])

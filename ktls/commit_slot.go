@@ -37,7 +37,7 @@ const (
 	wordCalled   = commitWords + 8  // the value of received when the note was opened
 	wordSent     = commitWords + 16 // kernel layer: bytes of committed output taken
 	wordSending  = commitWords + 24 // the value of sent when the note was opened
-	wordPlain    = commitWords + 32 // number of commits when output went out by Write, plus 1
+	wordPlain    = commitWords + 32 // number of commits with which output by Write is accounted for
 	wordEnded    = commitWords + 40 // 1: close_notify was read
 )
 

@@ -145,6 +145,7 @@ func (c *Conn) sendFile(fs fileSender, f file, fd uintptr, count int) (n int, er
 	if err := fs.prepareFile(); err != nil {
 		return 0, c.writeFailed(err)
 	}
+	c.plainOutput()
 	n, err = fs.sendFile(fd, count)
 	c.txUsed += usage(n) + uint64(n/1024)
 	if err == nil || err == errNoSendfile { //nolint:errorlint // a constant, never wrapped

@@ -216,6 +216,7 @@ func (c *Conn) splicePipe(ps pipeSender, pipe uintptr, count int) (n int, err er
 	if err := ps.prepareFile(); err != nil {
 		return 0, c.writeFailed(err)
 	}
+	c.plainOutput()
 	n, records, err := ps.sendPipe(pipe, count)
 	// Records may be as small as the buffers in the pipe: these are counted.
 	c.txUsed += uint64(n/16) + 2*records
