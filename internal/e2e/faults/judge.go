@@ -164,8 +164,10 @@ func (r *run) judge() {
 	if s.Interrupted > 0 && r.c.commits() {
 		r.res.wrong("%d clients miss bytes, though everything is committed", s.Interrupted)
 	}
-	// Nobody knows what a worker has heard whose channel has ended: it may be killed.
-	if c.Interrupted > 0 && !r.c.killsWorker() && !r.c.closesChannel() && r.res.Detached == 0 {
+	// Nobody knows what a worker has heard whose channel has ended, or could not be taken
+	// over: it may be killed.
+	cut := r.c.closesChannel() || r.res.Detached > 0 || r.c.Op == Restart && r.c.shortage()
+	if c.Interrupted > 0 && !r.c.killsWorker() && !cut {
 		r.res.wrong("%d interrupted, though no worker died", c.Interrupted)
 	}
 	if c.Lost > 0 && !r.mayLose() {

@@ -40,7 +40,7 @@ command = [%q]
 workers = 2
 offload = %q
 freeze_timeout = %q
-ready_timeout = "5s"
+ready_timeout = %q
 stop_timeout = "1s"
 `
 
@@ -132,7 +132,7 @@ func (r *run) start() error {
 		}
 	}
 	conf := filepath.Join(r.dir, "c.toml")
-	if err := os.WriteFile(conf, fmt.Appendf(nil, poolConfig, filepath.Join(r.dir, "old"), r.Layer, r.Freeze.String()), 0o600); err != nil {
+	if err := os.WriteFile(conf, fmt.Appendf(nil, poolConfig, filepath.Join(r.dir, "old"), r.Layer, r.Freeze.String(), (12*r.Freeze).String()), 0o600); err != nil {
 		return err
 	}
 	u, err := visor.Start(visor.Options{Program: filepath.Join(r.Bin, "ktlsvisor"), Args: []string{"-c", conf},
