@@ -65,6 +65,7 @@ type WorkerStatus struct {
 	State      string `json:"state"` // starting, ready, retiring, dying
 	Sessions   int    `json:"sessions"`
 	Unhealthy  string `json:"unhealthy,omitempty"` // why it is not well: it says so, or it does not answer
+	Behind     bool   `json:"behind,omitempty"`    // it has not answered since it was told to go on with a session
 	CrashExact bool   `json:"crash_exact"`         // it keeps journals: its sessions in the software layer outlive it
 }
 

@@ -3,6 +3,7 @@ package e2e
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -67,8 +68,13 @@ func TestWorkerThatBreaksTheProtocolKeepsItsSessions(t *testing.T) {
 			t.Parallel()
 			u := start(t, visor.Options{Command: []string{role(t, "echo-"+name)}})
 			f := u.fleet(bystanders)
-			st := u.settled(bystanders)
-			culprit := st.Pools[0].Workers[0]
+			// One that has not answered since it was told to go on with its sessions could not
+			// be left alone with them.
+			st := u.await("workers that have answered", func(st *admin.Status) bool {
+				return visor.Settled(st) && st.Sessions.Total == bystanders &&
+					!slices.ContainsFunc(st.Pools[0].Workers, func(w admin.WorkerStatus) bool { return w.Behind })
+			})
+			culprit := slices.MaxFunc(st.Pools[0].Workers, func(a, b admin.WorkerStatus) int { return a.Sessions - b.Sessions })
 			if culprit.Sessions == 0 {
 				t.Fatalf("the culprit has no session: %s", visor.Describe(st))
 			}

@@ -41,6 +41,9 @@ func (w *Worker) Sure(n uint32) {
 	}
 }
 
+// Behind says that it has not answered since it was last told to go on with a session.
+func (w *Worker) Behind() bool { return w.told != w.sure }
+
 // unsure says whether there is a session of which nobody knows if it is served. read
 // says whether everything that the worker sent was read: what it was asked to park, it
 // may have parked otherwise.

@@ -295,7 +295,7 @@ func (s *Supervisor) status() *admin.Status {
 		for _, w := range sortedWorkers(p.workers) {
 			ws := admin.WorkerStatus{PID: w.pid, Generation: w.gen, State: w.state.String(), Sessions: len(w.Sessions)}
 			ws.Unhealthy, _ = w.unhealthy()
-			ws.CrashExact = w.arena
+			ws.CrashExact, ws.Behind = w.arena, p.cfg.Heartbeat > 0 && w.Behind()
 			if w.quarantine {
 				ps.Quarantine = &ws
 				continue

@@ -79,7 +79,8 @@ func (s *Supervisor) beat(now time.Time) {
 			if s.quiescing || s.stopping {
 				continue
 			}
-			if b.age >= time.Duration(cfg.Heartbeat) || b.sent == 0 || (w.Incoming > 0 || w.watched()) && b.age >= offerPing {
+			// At once after RESUME and THAW: until it answers nobody knows whether it heard them.
+			if b.age >= time.Duration(cfg.Heartbeat) || b.sent == 0 || w.Behind() || (w.Incoming > 0 || w.watched()) && b.age >= offerPing {
 				s.ping(w)
 			}
 			continue
