@@ -175,9 +175,13 @@ func (g *giving) send(group string, refs []wire.Ref, l []luggage, last bool) {
 					clear(it.Cargo.Record)
 				}
 			}
+			offered := u.refs()
 			g.takeBack(u, true)
 			if group == "" {
 				continue
+			}
+			for _, part := range wire.BatchRefs(offered) { // earlier parts are there already
+				g.down.put(&wire.Message{Type: wire.TypeAbort, Refs: part}, nil)
 			}
 			sys.CloseAll(fds)
 			for _, rest := range l[i+1:] {
