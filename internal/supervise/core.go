@@ -220,6 +220,7 @@ func (s *Supervisor) onTick(now time.Time) {
 		s.trimAt = now.Add(time.Second)
 	}
 	s.beat(now)
+	s.wakeLater()
 	s.watchWards(now)
 	s.sweepSockets(now)
 	for a := range s.m.Tries() {

@@ -182,7 +182,7 @@ func (s *Supervisor) putEntry(ss *session, e *ownership.Effect) {
 		if e.Try.From != nil {
 			ss.moves++
 		}
-		ss.flags, ss.kept = 0, 0 // only the new owner knows from now on which bytes and sequence numbers are spent (I5)
+		ss.flags, ss.kept, ss.blamed = 0, 0, false // only the new owner knows from now on which bytes and sequence numbers are spent (I5)
 		if m := ss.more; m != nil {
 			m.refusals, m.refusedBy = 0, nil
 		}

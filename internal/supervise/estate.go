@@ -252,7 +252,7 @@ func (s *Supervisor) parkHeir(h *heir) {
 			flags = wire.FlagRestored
 		}
 	}
-	if flags&wire.FlagInterrupted != 0 {
+	if flags&wire.FlagInterrupted != 0 && ss.flags&wire.FlagInterrupted == 0 { // a dead supervisor may have counted it
 		s.led.count(cntInterrupted, 1)
 		if op := ss.pool.op; op != nil {
 			op.report.Interrupted++

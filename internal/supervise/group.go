@@ -70,15 +70,23 @@ func (s *Supervisor) tryJoin(ss *session, name string) {
 		s.grouped(ss, name, "")
 	case home != nil && home.state == workerDetached:
 		s.grouped(ss, name, "the worker that has the group cannot be reached any more")
-	case g.Move != nil || home == nil || home.state != workerReady:
-		ss.edit().wants = name
-		s.waiters[k] = append(s.waiters[k], ss)
+	case !atRest(g) || !w.Usable():
+		if m := ss.edit(); m.wants != name { // else it waits already
+			m.wants = name
+			s.waiters[k] = append(s.waiters[k], ss)
+		}
 	case ss.rare().joinFails >= 3:
 		ss.edit().joinFails = 0
 		s.grouped(ss, name, "the session could not be moved to the worker that has the group")
 	default:
 		s.freezeOne(w, ss, home, &k)
 	}
+}
+
+// atRest says whether others can be moved to a group.
+func atRest(g *ownership.Group) bool {
+	home := workerOf(g.Home)
+	return g.Move == nil && home != nil && home.state == workerReady && home.usable()
 }
 
 // joinable says whether an attempt that brings a session to the group it wants to join
@@ -104,6 +112,20 @@ func (s *Supervisor) wakeWaiters(k ownership.GroupKey) {
 		ss.edit().wants = ""
 		if s.sessions[ss.ID] == ss && ss.Owner != nil && ss.Try == nil && name != "" {
 			s.tryJoin(ss, name)
+		}
+	}
+}
+
+// wakeLater has those asked again whose group came to rest without a move: its home was
+// to be emptied and is not any more, or cannot be reached now.
+func (s *Supervisor) wakeLater() {
+	if s.recovery != nil || s.quiescing {
+		return
+	}
+	for k := range s.waiters {
+		g := s.m.Groups()[k]
+		if g == nil || atRest(g) || g.Home != nil && workerOf(g.Home).state == workerDetached {
+			s.awake = append(s.awake, k)
 		}
 	}
 }

@@ -182,3 +182,38 @@ func TestJoinDuringFailedSuccession(t *testing.T) {
 		t.Fatalf("GROUPED %+v", m)
 	}
 }
+
+// Whoever waits to join a group whose home was to go is answered also when it is to go no
+// more, or when it can no longer be reached.
+func TestJoinWaitsForAHomeThatStays(t *testing.T) {
+	for name, end := range map[string]func(u *unit, home *fake){
+		"it stays": func(u *unit, home *fake) {
+			u.s.call(func() { u.s.serve(u.pool, 1, u.pool.command) })
+		},
+		"it is detached": func(u *unit, home *fake) {
+			home.send(&wire.Message{Type: wire.TypeAdopt}) // nonsense
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			u := newUnit(t)
+			home := u.worker(1)
+			u.members(home, 1, "room")
+			u.sure(home)
+			away := u.worker(1)
+			ref := u.owned(away, true)
+			u.s.call(func() { // there is nobody yet to whom its sessions could go
+				home.w.state, u.pool.serving = workerRetiring, 2
+			})
+			away.send(&wire.Message{Type: wire.TypeGroup, Refs: refs(ref), Group: "room"})
+			u.until(func() bool { return len(u.s.waiters) == 1 })
+			end(u, home)
+			if name == "it stays" {
+				away.expect(wire.TypeFreeze)
+				return
+			}
+			if m := away.expect(wire.TypeGrouped); m.Text == "" {
+				t.Errorf("GROUPED %+v, want a refusal", m)
+			}
+		})
+	}
+}

@@ -81,6 +81,7 @@ type entry struct {
 	Owes   owed
 	// Crashes of workers in a row that were handling it.
 	Crashes uint8
+	Blamed  bool // the death of Owner is among them
 	// Pieces, 0 for none: what a session of the kernel layer has for its life, and the
 	// record state of one that is parked.
 	Base, Kept uint32
@@ -261,6 +262,9 @@ func encodeEntry(b []byte, e entry) {
 	if e.Software {
 		b[53] = 1
 	}
+	if e.Blamed {
+		b[53] |= 2
+	}
 	b[54] = byte(len(e.Group))
 	b[55] = byte(e.Flags)
 	clear(b[56:entrySize])
@@ -287,12 +291,13 @@ func decodeEntry(b []byte) (e entry, ok bool) {
 		Accepted: int64(binary.LittleEndian.Uint64(b[40:])),
 		Moves:    binary.LittleEndian.Uint32(b[48:]),
 		Phase:    slotPhase(b[52]),
-		Software: b[53] == 1,
+		Software: b[53]&1 != 0,
 		Flags:    wire.Flags(b[55]),
 		Group:    string(b[56 : 56+int(b[54])]),
 		RXBase:   binary.LittleEndian.Uint32(b[120:]),
 		Owes:     owed(b[124]),
 		Crashes:  b[125],
+		Blamed:   b[53]&2 != 0,
 		Base:     uint32(b[4]) | uint32(b[5])<<8 | uint32(b[6])<<16,
 		Kept:     uint32(b[7]) | uint32(binary.LittleEndian.Uint16(b[126:]))<<8,
 	}

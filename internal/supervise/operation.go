@@ -165,7 +165,7 @@ func (op *operation) ended(ss *session, w *worker, r wire.Reason) {
 // fills says whether workers of the serving generation that die meanwhile are
 // replaced at once, and not only at the end.
 func (op *operation) fills() bool {
-	return op.kind != opUpgrade || op.phase == opCanary || op.phase == opSoaking
+	return op.kind != opUpgrade || op.phase == opCanary || op.phase == opSoaking || op.phase == opBack
 }
 
 // stay is why a session did not move when it was last asked.

@@ -127,9 +127,10 @@ func (s *Supervisor) blame(w *worker, was workerState) {
 		s.acquitBystanders(w, list)
 	}
 	for _, ss := range list {
-		if ss.crashes < 255 {
+		if ss.crashes < 255 && !ss.blamed { // a dead supervisor may have seen the same death
 			ss.crashes++
 		}
+		ss.blamed = true
 	}
 	if len(list) == 1 && int(list[0].crashes) >= limit {
 		s.closePoison(list[0])

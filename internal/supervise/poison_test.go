@@ -345,3 +345,21 @@ func TestSuspectsOutliveTheSupervisor(t *testing.T) {
 		}
 	})
 }
+
+// A worker that was the quarantine of a generation, and is not any more, is emptied when
+// that generation serves again.
+func TestFormerQuarantineIsNotKept(t *testing.T) {
+	u, pass := poisonable(t)
+	f := u.marked()
+	own := u.owned(f, false)
+	u.dies(f, own)
+	ward := u.ward()
+	pass(200 * time.Millisecond)
+	ward.adopts(1)
+	u.s.call(func() { u.s.serve(u.pool, 2, u.pool.command) })
+	pass(100 * time.Millisecond)
+	u.s.call(func() { u.s.serve(u.pool, 1, u.pool.command) })
+	u.worker(1)
+	pass(100 * time.Millisecond)
+	ward.expect(wire.TypeFreeze)
+}

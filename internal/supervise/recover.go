@@ -36,6 +36,10 @@ type inventory struct {
 	last  bool
 }
 
+// maxHeld bounds what a worker may say that it has: sessions, and as many that ended
+// and whose end nobody has acknowledged.
+func maxHeld(slots int) int { return 2*slots + wire.MaxItems }
+
 // recoverAll takes over what an earlier supervisor left with the keeper. It runs
 // before the ledger's goroutine; what it needs of the workers arrives later, and
 // done is called then.
@@ -59,6 +63,9 @@ func (s *Supervisor) recoverAll(ctx context.Context, done func()) error {
 	for _, w := range s.workers {
 		if w.unready && len(w.Sessions) == 0 {
 			s.kill(w, "it was not ready yet when the supervisor ended")
+		}
+		if w.doubtful { // the supervisor before this one may not have come so far
+			s.kill(w, notToldWhy)
 		}
 	}
 	s.recovery = &recovery{deadline: s.now().Add(inventoryTimeout), done: done}
@@ -109,7 +116,7 @@ func (s *Supervisor) recoverWorker(e *keeper.Entry) error {
 		return err
 	}
 	w := &worker{pid: meta.PID, gen: meta.Gen, command: meta.Command, pool: p, proc: proc,
-		schemas: meta.Schemas, rekeys: meta.Rekeys, able: meta.Able, quarantine: meta.Quarantine, bare: meta.Bare, state: workerReady}
+		schemas: meta.Schemas, rekeys: meta.Rekeys, able: meta.Able, quarantine: meta.Quarantine, bare: meta.Bare, doubtful: meta.Doubtful, state: workerReady}
 	w.ID, w.X = e.Key.ID, w
 	switch {
 	case meta.Detached:
@@ -199,8 +206,11 @@ func (s *Supervisor) recoverSessions(ctx context.Context) error {
 }
 
 func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, retained map[uint64]bool) {
-	ss := &session{slot: uint32(slot), base: e.Base, kept: e.Kept, moves: e.Moves, accepted: e.Accepted, software: e.Software, rxBase: e.RXBase, owes: e.Owes, crashes: e.Crashes}
+	ss := &session{slot: uint32(slot), base: e.Base, kept: e.Kept, moves: e.Moves, accepted: e.Accepted, software: e.Software, rxBase: e.RXBase, owes: e.Owes, crashes: e.Crashes, blamed: e.Blamed}
 	ss.ID, ss.Epoch, ss.X = e.ID, e.Epoch, ss
+	if e.Phase == slotOwned { // of a dead worker: that it was interrupted is counted
+		ss.flags = e.Flags & wire.FlagInterrupted
+	}
 	f, err := ss.allFacts(s.led)
 	if err == nil && s.pools[f.Pool] == nil {
 		err = fmt.Errorf("pool %q is unknown", f.Pool)
@@ -273,6 +283,9 @@ func (s *Supervisor) bigFacts(ctx context.Context, ss *session) ([]byte, error) 
 func (s *Supervisor) onInventory(w *worker, m *wire.Message) error {
 	if w.inventory == nil || w.inventory.nonce != m.Nonce {
 		return nil // for an earlier supervisor
+	}
+	if len(w.inventory.held)+len(m.Held) > maxHeld(s.led.slots) {
+		return fmt.Errorf("%w: its INVENTORY has more sessions than there can be", wire.ErrProtocol)
 	}
 	w.inventory.held = append(w.inventory.held, m.Held...)
 	if !m.Last {

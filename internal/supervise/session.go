@@ -30,6 +30,7 @@ type session struct {
 	away     bool // the keeper has no duplicate of its socket; see bare.go
 	owes     owed
 	crashes  uint8      // of workers in a row that were handling it; see poison.go
+	blamed   bool       // the death of its owner is among them
 	flags    wire.Flags // for an adopting worker, like cargo
 }
 
@@ -125,7 +126,7 @@ func (ss *session) overflowKey() keeper.Key {
 func (ss *session) slotEntry() entry {
 	e := entry{ID: ss.ID, Epoch: ss.Epoch, Accepted: ss.accepted, Moves: ss.moves,
 		Software: ss.software, Flags: ss.flags, Group: ss.groupName(), Phase: slotParked,
-		RXBase: ss.rxBase, Owes: ss.owes, Crashes: ss.crashes, Base: ss.base, Kept: ss.kept}
+		RXBase: ss.rxBase, Owes: ss.owes, Crashes: ss.crashes, Blamed: ss.blamed, Base: ss.base, Kept: ss.kept}
 	if ss.Owner != nil {
 		e.Owner, e.Phase = ss.Owner.ID, slotOwned
 	} else if ss.estate != nil {

@@ -214,3 +214,19 @@ func TestParkedGroupAfterCrash(t *testing.T) {
 	}
 	u.silent(b)
 }
+
+// While everything goes back, the old generation serves: a worker of it that dies is
+// replaced, though sessions of the new one cannot move yet.
+func TestDeathInTheOldGenerationWhileGoingBack(t *testing.T) {
+	u := newUnit(t)
+	old, young := u.worker(1), u.worker(1)
+	u.owned(old, false)
+	u.owned(young, false)
+	u.s.call(func() {
+		u.pool.cfg.Workers = 1
+		young.w.gen, young.w.state = 2, workerRetiring
+		u.pool.op = &operation{kind: opUpgrade, pool: u.pool, phase: opBack, from: 1, to: 2, deadline: time.Now().Add(time.Hour)}
+	})
+	old.kill()
+	u.until(func() bool { return u.pool.failures > 0 }) // its program is not there
+}

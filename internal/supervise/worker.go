@@ -52,6 +52,8 @@ type workerMeta struct {
 	// does not take its sessions for orphans while it lives.
 	Detached bool `cbor:"7,keyasint,omitempty"`
 	Rekeys   bool `cbor:"8,keyasint,omitempty"`
+	// Doubtful: it is to be killed, for nobody knows what it serves.
+	Doubtful bool `cbor:"9,keyasint,omitempty"`
 
 	Able       wire.Abilities `cbor:"16,keyasint,omitempty"`
 	Quarantine bool           `cbor:"17,keyasint,omitempty"`
@@ -146,7 +148,7 @@ func (s *Supervisor) retainWorker(w *worker, chFD int, then func(error)) error {
 		fds = append(fds, chFD)
 	}
 	meta, err := cbor.Marshal(workerMeta{PID: w.pid, Pool: w.pool.name, Gen: w.gen,
-		Ready: w.state == workerReady, Schemas: w.schemas, Command: w.command, Detached: chFD < 0, Rekeys: w.rekeys,
+		Ready: w.state == workerReady, Schemas: w.schemas, Command: w.command, Detached: chFD < 0, Rekeys: w.rekeys, Doubtful: w.doubtful,
 		Able: w.able, Quarantine: w.quarantine, Bare: w.bare})
 	if err != nil {
 		sys.CloseAll(fds)
