@@ -82,7 +82,10 @@ Faults: **kill** -9; **stop** for 0.6 s, longer than freeze_timeout here; **clos
 ends, both ways; **drop**, **delay** (0.25 s), **repeat**: the message; **fill**: the peer's queue is full;
 **fail=E…**: the system call fails so; **nofile**: no room for a descriptor for 0.4 s (EMFILE,
 MSG_CTRUNC); **peer-close**, **-reset**, **-half**: two clients leave with close_notify, RST, or a bare FIN;
-**kill-old**, **-new**, **-sup**: another process is killed just then.
+**kill-old**, **-new**, **-sup**: another process is killed just then. RESUME, INVENTORY and its
+reply are not dropped: nobody would ask again before the next supervisor does, and the
+socket that carries them loses none. *Lost* is, when a client is just being accepted, a
+session that the keeper does not have yet.
 
 Outcomes: *unnoticed*: the operation succeeded, and no client noticed. *not done*: the
 operation was refused, rolled back or cut off (exit code 1), and no client noticed.

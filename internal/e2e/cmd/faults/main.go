@@ -208,6 +208,9 @@ func (c *command) runAll(ctx context.Context, out io.Writer, list []faults.Case)
 				for n := 0; n < c.retry && !r.Reached && len(r.Wrong) == 0; n++ {
 					r = faults.Run(ctx, c.o, list[i])
 				}
+				if ctx.Err() != nil {
+					return // it was cut short
+				}
 				results[i] = r
 				mu.Lock()
 				c.print(out, r)
@@ -219,7 +222,10 @@ func (c *command) runAll(ctx context.Context, out io.Writer, list []faults.Case)
 		if ctx.Err() != nil {
 			break
 		}
-		next <- i
+		select {
+		case next <- i:
+		case <-ctx.Done():
+		}
 	}
 	close(next)
 	wg.Wait()
