@@ -43,9 +43,10 @@ var _ [NoteSize - unsafe.Sizeof(note{})]byte
 
 const (
 	// noteOpen stands where the kernel writes the number of bytes, and flags the
-	// kernel never sets where it writes msg_flags.
+	// kernel never sets where it writes msg_flags. Not MSG_EOR: sendmmsg takes that one
+	// from the header, and kernel TLS before 6.5 knows no such send.
 	noteOpen  = 1<<32 - 1
-	openFlags = 0x7ffffffe
+	openFlags = 0x7ffffffe &^ unix.MSG_EOR
 )
 
 // Noted is what a note tells.
