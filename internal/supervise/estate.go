@@ -32,6 +32,7 @@ type estate struct {
 	mem      []byte
 	journals *ktls.Journals
 	commits  *ktls.CommitLog
+	taken    int // bytes found for its sessions
 }
 
 // inherit takes a session of a worker that was seen dead.
@@ -168,10 +169,32 @@ func (s *Supervisor) recoverBatch(e *estate, batch []heir) {
 		if h.err == nil && e.commits != nil {
 			h.com, h.comErr = e.commits.Amend(h.key, record, h.rec)
 		}
+		if h.err == nil && !e.holds(h) {
+			if h.ss.software { // else it is made of base, which holds no key and is needed still
+				h.wipe()
+			}
+			h.rec, h.com, h.err = nil, nil, errTooMuch
+		}
 	}
 	for i := range entries {
 		sys.CloseAll(entries[i].FDs)
 	}
+}
+
+// errTooMuch: many of its sessions name the same bytes, as only a worker that lies does.
+var errTooMuch = errors.New("its worker's arena claims more than it holds")
+
+// holds says whether what was found for a session, with all that was found before, can
+// have been in the arena. Otherwise a lying worker's death could fill this process's
+// memory. Twice the size, since some of it stands in more than one form.
+func (e *estate) holds(h *heir) bool {
+	if h.rec != nil {
+		e.taken += len(h.rec.Record)
+	}
+	if h.com != nil {
+		e.taken += len(h.com.Record) + len(h.com.State)
+	}
+	return e.mem == nil || e.taken <= 2*len(e.mem)
 }
 
 var errNoArena = errors.New("its worker kept no journals")
@@ -218,6 +241,10 @@ func (s *Supervisor) inherited(e *estate, batch []heir) {
 		}
 		switch {
 		case h.err == nil:
+			s.parkHeir(h)
+		case !ss.software && errors.Is(h.err, errTooMuch):
+			// The socket has all there is to know but what it committed.
+			s.log.Error("what a dead worker had committed of a session is not believed; it goes on as interrupted", "session", sid(ss.ID), "error", h.err)
 			s.parkHeir(h)
 		case !ss.software:
 			s.m.SettledLost(&ss.Session, h.err.Error())
