@@ -98,6 +98,7 @@ type operation struct {
 	oldCommand []string
 	opts       upgradeOptions
 	trouble    string // the last refusal of the new generation
+	forward    bool   // it failed, and there is no way back
 	oneWay     error  // why the old generation cannot restore what the new one writes
 	share      share
 
@@ -165,7 +166,7 @@ func (op *operation) ended(ss *session, w *worker, r wire.Reason) {
 // fills says whether workers of the serving generation that die meanwhile are
 // replaced at once, and not only at the end.
 func (op *operation) fills() bool {
-	return op.kind != opUpgrade || op.phase == opCanary || op.phase == opSoaking || op.phase == opBack
+	return op.kind != opUpgrade || op.phase == opCanary || op.phase == opSoaking || op.phase == opBack || op.forward
 }
 
 // stay is why a session did not move when it was last asked.

@@ -64,8 +64,11 @@ func (s *Supervisor) failUpgrade(op *operation, err error) {
 			}
 		}
 		forward := op.phase == opMoving || op.phase == opProbation
+		// What has moved is in the new form, also while its worker is dead.
+		there = max(there, op.report.Moved)
 		if forward && (!old || op.oneWay != nil && there > 0) {
 			// Nothing to go back to: what is left of the new generation serves on.
+			op.forward = true
 			op.reason(err.Error())
 			if op.oneWay != nil {
 				op.reason(op.oneWay.Error())
