@@ -37,7 +37,8 @@ import (
 type Option func(*server)
 
 // WithTakeover names a handler that Takeover can give connections to. The name goes
-// along with the connection, so it must mean the same in the next process.
+// along with the connection, so it must mean the same in the next process. It has 1 to 255
+// bytes.
 func WithTakeover(name string, h handoff.Handler) Option {
 	return func(s *server) { s.takeovers[name] = h }
 }
@@ -216,6 +217,9 @@ var ErrNotOurs = errors.New("the request's connection is not a session that can 
 // the request's handler should return then. The session moves as that handler wants; the
 // handler is started again in the next process, without another request.
 func Takeover(w http.ResponseWriter, name string) error {
+	if name == "" || len(name) > maxName {
+		return fmt.Errorf("handoffhttp: the name of a takeover has 1 to %d bytes, not %d", maxName, len(name))
+	}
 	nc, rw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrNotOurs, err)
@@ -249,6 +253,9 @@ func (s *server) takeover(ctx context.Context, c *handoff.Conn, name string) err
 // stateMark begins the state of a session that was taken over; one that speaks HTTP has
 // none.
 const stateMark = "handoffhttp\x00\x01"
+
+// maxName is what fits the byte before a name.
+const maxName = 255
 
 func wrapState(name string, app []byte) []byte {
 	b := append([]byte(stateMark), byte(len(name)))

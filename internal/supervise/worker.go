@@ -236,6 +236,9 @@ func (s *Supervisor) startReader(w *worker) {
 func (s *Supervisor) watch(w *worker) {
 	go func() {
 		if err := w.proc.Wait(s.ctx); err != nil {
+			if s.ctx.Err() == nil && !errors.Is(err, os.ErrClosed) {
+				s.log.Error("the death of a worker would not be noticed: replace the supervisor (ktlsvisor upgrade --supervisor)", "pid", w.pid, "error", err)
+			}
 			return
 		}
 		s.post(func() {
