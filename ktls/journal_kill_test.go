@@ -109,13 +109,13 @@ func killedOwner() error {
 
 // killedReader checks what the peer sends, and notes how far it has come.
 func killedReader(c *Conn, note []byte, n int) error {
-	retain := n%3 == 2
+	retain := retains(n)
 	if retain {
 		if err := c.Retain(1 << 20); err != nil {
 			return err
 		}
 	}
-	in := &countingStream{at: sys.LoadShared(note), limit: maxRead, intent: sys.LoadShared(note[8:]), exact: retain}
+	in := streamAt(note, n)
 	buf := make([]byte, maxRead)
 	for {
 		k, err := c.Read(buf[:1+rand.IntN(maxRead)])
@@ -185,12 +185,10 @@ func killedWriter(c *Conn, p *Place, owner uint32) error {
 }
 
 // countingStream is what peers send: 8-byte words that count up. It is read from a
-// place that is known roughly at first.
+// place that is one of two at first.
 type countingStream struct {
 	at     uint64 // of the next byte
-	limit  int    // how much further it may be, at first
-	exact  bool   // it is at, or else intent
-	intent uint64
+	intent uint64 // or else this one's
 	found  bool
 	first  uint64
 	head   []byte
@@ -217,22 +215,12 @@ func (s *countingStream) add(p []byte) error {
 			return nil
 		}
 		p = s.head
-		from, to := s.at, s.at+uint64(s.limit)
-		if s.exact {
-			to = s.at
-			if s.matches(p[:32], s.intent) {
-				from, to = s.intent, s.intent
-			}
-		}
-		for at := from; at <= to; at++ {
-			if s.matches(p[:32], at) {
-				s.found, s.at, s.first = true, at, at
-				break
-			}
-		}
-		if !s.found {
+		if s.matches(p[:32], s.intent) {
+			s.at = s.intent
+		} else if !s.matches(p[:32], s.at) {
 			return fmt.Errorf("bytes that should not follow byte %d", s.at)
 		}
+		s.found, s.first = true, s.at
 	}
 	if !s.matches(p, s.at) {
 		return fmt.Errorf("other bytes than those sent, after byte %d", s.at)
@@ -240,6 +228,19 @@ func (s *countingStream) add(p []byte) error {
 	s.at += uint64(len(p))
 	return nil
 }
+
+// streamAt is the stream of session n where the next owner reads on: behind what it
+// noted as consumed, or was about to; without Retain, behind what the journals say that
+// owners were given.
+func streamAt(note []byte, n int) *countingStream {
+	if retains(n) {
+		return &countingStream{at: sys.LoadShared(note), intent: sys.LoadShared(note[8:])}
+	}
+	given := sys.LoadShared(note[24:])
+	return &countingStream{at: given, intent: given}
+}
+
+func retains(n int) bool { return n%3 == 2 }
 
 // killedPeer is the client of one session.
 type killedPeer struct {
@@ -373,6 +374,15 @@ func TestKilledOwners(t *testing.T) {
 				t.Fatalf("kill %d, session %d: %v", kill+1, i, err)
 			}
 			p.record = r.Record
+			if !retains(i) {
+				// An owner notes what it was given after each Read.
+				before, noted := sys.LoadShared(note[24:]), sys.LoadShared(note)
+				given := before + r.Read
+				if given < noted || given > max(before, noted)+32+maxRead {
+					t.Fatalf("kill %d, session %d: %d bytes were given to owners; the last noted %d, and had %d at first", kill+1, i, given, noted, before)
+				}
+				sys.StoreShared(note[24:], given)
+			}
 			unsent, unread, kept = unsent+r.Unsent, unread+r.Unread, kept+r.Retained
 			sys.StoreShared(note[16:], 0)
 			if len(p.errs) > 0 {
@@ -393,10 +403,11 @@ func TestKilledOwners(t *testing.T) {
 func newKilledPeer(t *testing.T, i int, version, suite uint16) *killedPeer {
 	t.Helper()
 	p := &killedPeer{stop: make(chan struct{}), ended: make(chan struct{}), errs: make(chan error, 2), slow: i%2 == 0}
-	c, s := tcpPair(t)
+	pair := tcpPair
 	if p.slow {
-		_, _ = c.SetReadBuffer(32<<10), s.SetWriteBuffer(32<<10)
+		pair = func(t testing.TB) (_, _ *net.TCPConn) { return tcpPairSmall(t, 32<<10) }
 	}
+	c, s := pair(t)
 	conf := testClientTLS(t)
 	conf.MinVersion, conf.MaxVersion = version, version
 	if version == tls.VersionTLS12 {
@@ -522,7 +533,7 @@ func lastOwner(t *testing.T, i int, p *killedPeer, note []byte, owner uint32) {
 		written <- errors.Join(err, c.CloseWrite())
 	}()
 	close(p.stop)
-	in := &countingStream{at: sys.LoadShared(note), limit: maxRead, intent: sys.LoadShared(note[8:]), exact: i%3 == 2}
+	in := streamAt(note, i)
 	buf := make([]byte, maxRead)
 	for err == nil {
 		var n int

@@ -197,11 +197,11 @@ func (e *ktlsEnd) closeAll(abort bool) error {
 
 // connectPair makes a session between the ends that p names.
 func connectPair(t *testing.T, p pairing) (ends [2]peerEnd, err error) {
-	c, s := tcpPair(t)
+	pair := tcpPair
 	if p.small {
-		_, _ = c.SetReadBuffer(32<<10), c.SetWriteBuffer(32<<10)
-		_, _ = s.SetReadBuffer(32<<10), s.SetWriteBuffer(32<<10)
+		pair = func(t testing.TB) (_, _ *net.TCPConn) { return tcpPairSmall(t, 32<<10) }
 	}
+	c, s := pair(t)
 	if p.server != stock && p.client != stock && p.version == tls.VersionTLS13 {
 		return keyedPair(c, s, p)
 	}

@@ -270,14 +270,34 @@ func tcpPairWindow(t testing.TB, window int) (client, server *net.TCPConn) {
 	lc.SetMultipathTCP(false)
 	d := net.Dialer{Timeout: testWait}
 	if window > 0 {
-		d.Control = func(_, _ string, rc syscall.RawConn) (err error) {
-			cerr := rc.Control(func(fd uintptr) {
-				err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, window)
-			})
-			return errors.Join(err, cerr)
-		}
+		d.Control = setBuffers(window, 0)
 	}
 	return connectTCP(t, &lc, &d)
+}
+
+// tcpPairSmall gives both ends buffers of the given size. They have them from the
+// start: one that shrinks below the window that was promised drops what comes, and TCP
+// then waits for many seconds.
+func tcpPairSmall(t testing.TB, size int) (client, server *net.TCPConn) {
+	t.Helper()
+	lc := net.ListenConfig{Control: setBuffers(size, size)}
+	lc.SetMultipathTCP(false)
+	d := net.Dialer{Timeout: testWait, Control: setBuffers(size, size)}
+	return connectTCP(t, &lc, &d)
+}
+
+func setBuffers(receive, send int) func(_, _ string, rc syscall.RawConn) error {
+	return func(_, _ string, rc syscall.RawConn) (err error) {
+		cerr := rc.Control(func(fd uintptr) {
+			if receive > 0 {
+				err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, receive)
+			}
+			if send > 0 {
+				err = errors.Join(err, syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUF, send))
+			}
+		})
+		return errors.Join(err, cerr)
+	}
 }
 
 func connectTCP(t testing.TB, lc *net.ListenConfig, d *net.Dialer) (client, server *net.TCPConn) {
