@@ -108,13 +108,9 @@ func (c *Conn) discard() {
 	c.detached = true
 	s := c.tls
 	c.mu.Unlock()
-	sock, st, err := s.Detach()
-	if err != nil {
+	if err := s.Drop(); err != nil && !errors.Is(err, net.ErrClosed) {
 		c.w.log.Error("dropping an adopted session", "session", c.id, "error", err)
-		return
 	}
-	st.Wipe()
-	_ = sock.Close()
 }
 
 // ends returns how the application and the peer left the session.

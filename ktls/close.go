@@ -80,6 +80,32 @@ func (c *Conn) Close() error {
 	if cerr := c.sock.Close(); err == nil {
 		err = cerr
 	}
+	c.forget()
+	if err != nil {
+		return fmt.Errorf("close session: %w", err)
+	}
+	return nil
+}
+
+// Drop closes this process's copy of the socket and forgets the session, whatever state
+// it is in. The peer is told nothing and the connection is not shut down: it goes on with
+// whoever holds a duplicate of the socket, or ends with a FIN when nobody does. Pending
+// Reads and Writes return net.ErrClosed.
+func (c *Conn) Drop() error {
+	if !c.markClosed() {
+		return net.ErrClosed
+	}
+	c.rel.end()
+	err := c.sock.Close()
+	c.forget()
+	if err != nil {
+		return fmt.Errorf("drop session: %w", err)
+	}
+	return nil
+}
+
+// forget wipes and frees what a closed Conn has, when nobody is in it any more.
+func (c *Conn) forget() {
 	c.rmu.Lock()
 	c.wmu.Lock()
 	c.layer.wipe()
@@ -91,10 +117,6 @@ func (c *Conn) Close() error {
 	c.pending.Store(0)
 	c.wmu.Unlock()
 	c.rmu.Unlock()
-	if err != nil {
-		return fmt.Errorf("close session: %w", err)
-	}
-	return nil
 }
 
 // markClosed reports whether this call was the one that closed c.
