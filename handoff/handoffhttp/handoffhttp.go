@@ -28,6 +28,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/handoff"
 	"github.com/ktlsvisor/ktlsvisor/ktls/ktlshttp"
@@ -130,19 +131,35 @@ func (s *server) serveHTTP2(c *handoff.Conn) error {
 		BaseContext: s.h2.BaseContext, ConnContext: s.h2.ConnContext, HTTP2: s.h2.HTTP2, Protocols: s.h2.Protocols,
 	}
 	hc := &whole{Conn: c, done: make(chan struct{})}
+	known := make(chan struct{})
+	var once sync.Once
+	srv.ConnState = func(nc net.Conn, st http.ConnState) {
+		if st == http.StateActive || st == http.StateIdle {
+			once.Do(func() { close(known) })
+		}
+		if s.h2.ConnState != nil {
+			s.h2.ConnState(hc, st)
+		}
+	}
 	ln := newListener()
 	served := make(chan struct{})
+	var failed error
 	go func() {
 		defer close(served)
-		_ = ktlshttp.Serve(srv, ln)
+		failed = ktlshttp.Serve(srv, ln)
+		_ = ln.Close()
 	}()
-	ln.give(hc)
+	if !ln.give(hc) {
+		<-served
+		return fmt.Errorf("session %d: HTTP/2 cannot be served: %w", c.ID(), failed)
+	}
 	ended, cancel := context.WithCancel(context.Background())
 	select {
 	case <-hc.done:
 	case <-c.Moving():
 	case <-s.parent.Done():
 	}
+	hc.awaitFirst(known)
 	down := make(chan struct{})
 	go func() {
 		defer close(down)
@@ -154,6 +171,24 @@ func (s *server) serveHTTP2(c *handoff.Conn) error {
 	_ = ln.Close()
 	<-served
 	return nil
+}
+
+// firstTime is how long net/http gives a connection of which it has read nothing when it
+// is shut down.
+const firstTime = 5 * time.Second
+
+// awaitFirst waits until the client has begun to speak, or closes the connection if it
+// does not. Shutdown tells GOAWAY to the connections that HTTP/2 knows by then, and to
+// none that comes later; one that net/http had not even seen it would not wait for.
+func (c *whole) awaitFirst(known <-chan struct{}) {
+	t := time.NewTimer(firstTime)
+	defer t.Stop()
+	select {
+	case <-known:
+	case <-c.done:
+	case <-t.C:
+		_ = c.Close()
+	}
 }
 
 // whole is the connection of a session that stays here.
@@ -180,6 +215,7 @@ func newListener() *listener {
 	return &listener{conns: make(chan net.Conn), ended: make(chan struct{})}
 }
 
+// give reports whether somebody has taken c; else it is still the caller's.
 func (l *listener) give(c net.Conn) bool {
 	select {
 	case l.conns <- c:

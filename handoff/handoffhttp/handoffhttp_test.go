@@ -181,6 +181,36 @@ func TestHTTP2IsSentAway(t *testing.T) {
 	p.ended(old)
 }
 
+// A client that begins to speak HTTP/2 when its connection is to move already is told to
+// go as well.
+func TestHTTP2LateClientIsSentAway(t *testing.T) {
+	t.Parallel()
+	p := start(t, "h2 http/1.1")
+	c, err := tls.Dial("tcp", p.addr, &tls.Config{InsecureSkipVerify: true, ServerName: "localhost", NextProtos: []string{"h2"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Close() }()
+	old, _ := p.upgrade() // the session was asked for by now
+	_ = c.SetDeadline(time.Now().Add(patience))
+	if _, err := io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"+"\x00\x00\x00\x04\x00\x00\x00\x00\x00"); err != nil { // SETTINGS
+		t.Fatal(err)
+	}
+	const goAway = 7
+	for typ := byte(0); typ != goAway; {
+		var head [9]byte
+		if _, err := io.ReadFull(c, head[:]); err != nil {
+			t.Fatal("no GOAWAY: ", err)
+		}
+		typ = head[3]
+		if _, err := io.CopyN(io.Discard, c, int64(head[0])<<16|int64(head[1])<<8|int64(head[2])); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_ = c.Close()
+	p.ended(old)
+}
+
 // curl keeps one connection over an upgrade.
 func TestHostCurlKeepAlive(t *testing.T) {
 	t.Parallel()
