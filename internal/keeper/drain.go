@@ -2,9 +2,11 @@ package keeper
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -30,8 +32,13 @@ type drains struct {
 }
 
 type drain struct {
-	f    *os.File
+	name string
 	done chan struct{}
+	quit chan struct{} // closed by stop
+
+	mu      sync.Mutex
+	f       *os.File // nil until it could be opened
+	stopped bool
 }
 
 func (d *drains) start(entries []*held) {
@@ -41,14 +48,24 @@ func (d *drains) start(entries []*held) {
 		if len(fds) == 0 {
 			continue
 		}
-		f, err := sys.ReopenPipe(fds[0])
-		if err != nil {
+		dr := &drain{name: h.name(), done: make(chan struct{}), quit: make(chan struct{})}
+		var err error
+		if dr.f, err = sys.ReopenPipe(fds[0]); err != nil && !scarce(err) {
 			d.log.Error("cannot read a worker's output while there is no supervisor; the worker blocks when its pipe is full", "entry", h.key(), "error", err)
 			continue
 		}
-		dr := &drain{f: f, done: make(chan struct{})}
+		if err != nil {
+			d.log.Error("out of descriptors: a worker's output is read when there is one again; until then the worker blocks when its pipe is full", "entry", h.key(), "error", err)
+		}
 		d.active = append(d.active, dr)
-		go dr.run(h.name(), d.sink)
+		h.refs.Add(1)
+		go func() {
+			defer close(dr.done)
+			defer h.release()
+			if dr.open(fds[0]) {
+				dr.run(d.sink)
+			}
+		}()
 	}
 }
 
@@ -56,7 +73,13 @@ func (d *drains) start(entries []*held) {
 func (d *drains) stop() {
 	d.on = false
 	for _, dr := range d.active {
-		_ = dr.f.Close()
+		close(dr.quit)
+		dr.mu.Lock()
+		dr.stopped = true
+		if dr.f != nil {
+			_ = dr.f.Close()
+		}
+		dr.mu.Unlock()
 	}
 	for _, dr := range d.active {
 		<-dr.done
@@ -64,12 +87,48 @@ func (d *drains) stop() {
 	d.active = nil
 }
 
-func (dr *drain) run(name string, out *sink) {
-	defer close(dr.done)
+func scarce(err error) bool { return errors.Is(err, sys.EMFILE) || errors.Is(err, sys.ENFILE) }
+
+// reopenTime is how often a pipe is tried again for which there was no descriptor.
+const reopenTime = 100 * time.Millisecond
+
+// open waits until the pipe could be opened. It reports false when stop came first, or
+// when it cannot be.
+func (dr *drain) open(fd int) bool {
+	if dr.f != nil {
+		return true
+	}
+	t := time.NewTicker(reopenTime)
+	defer t.Stop()
+	for {
+		select {
+		case <-dr.quit:
+			return false
+		case <-t.C:
+		}
+		f, err := sys.ReopenPipe(fd)
+		if err != nil {
+			if !scarce(err) {
+				return false
+			}
+			continue
+		}
+		dr.mu.Lock()
+		defer dr.mu.Unlock()
+		if dr.stopped {
+			_ = f.Close()
+			return false
+		}
+		dr.f = f
+		return true
+	}
+}
+
+func (dr *drain) run(out *sink) {
 	defer dr.f.Close()
 	buf := make([]byte, maxLine)
 	n := 0 // bytes of an unfinished line in buf
-	emit := func(line []byte) { out.write(fmt.Appendf(nil, "%s: %s\n", name, printable(line))) }
+	emit := func(line []byte) { out.write(fmt.Appendf(nil, "%s: %s\n", dr.name, printable(line))) }
 	for {
 		m, err := dr.f.Read(buf[n:])
 		n += m

@@ -1,10 +1,15 @@
 package keeper
 
 import (
+	"os"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
 // worker starts a worker with its stdout with the keeper.
@@ -86,6 +91,51 @@ func TestDrainLeavesFlagsAlone(t *testing.T) {
 	s.ok(command{Op: "reclaim"})
 	if s.ok(command{Op: "output-blocking"}).N != 1 {
 		t.Fatal("the keeper made the pipe non-blocking for everybody")
+	}
+}
+
+// Without a free descriptor the output is read as soon as there is one again.
+func TestDrainWithoutDescriptors(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = w.Close() }()
+	fd, err := sys.Dup(int(r.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = r.Close()
+	h := newHeld(Key{Kind: KindOutput, ID: 1, Name: "echo-1"}, nil, []int{fd})
+	defer h.release()
+	var out syncBuffer
+	d := drains{log: hclog.NewNullLogger(), sink: newSink(&out)}
+	defer d.sink.close()
+	defer d.stop()
+
+	var limit, none syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	none = limit
+	none.Cur = 0
+	restore := func() { _ = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit) }
+	defer restore()
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &none); err != nil {
+		t.Fatal(err)
+	}
+	d.start([]*held{h})
+	d.stop() // with nothing opened
+	d.start([]*held{h})
+	if _, err := w.WriteString("a line\n"); err != nil {
+		t.Fatal(err)
+	}
+	if s := out.String(); s != "" {
+		t.Fatalf("there was a descriptor: %q", s)
+	}
+	restore()
+	if !eventually(func() bool { return out.String() == "echo-1: a line\n" }) {
+		t.Fatalf("the output did not come: %q", out.String())
 	}
 }
 

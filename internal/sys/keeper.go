@@ -175,6 +175,9 @@ func (w *ExitWatch) Close() error {
 // owns the file; fd stays as it was.
 func ReopenPipe(fd int) (*os.File, error) {
 	n, err := unix.Open("/proc/self/fd/"+strconv.Itoa(fd), unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err == unix.EMFILE || err == unix.ENFILE {
+		return nil, fmt.Errorf("open pipe: %w", err)
+	}
 	if err != nil {
 		n, err = Dup(fd)
 		if err != nil {
