@@ -119,6 +119,12 @@ func TestUpgraderStateAndStragglers(t *testing.T) {
 		t.Fatal(err)
 	}
 	slow.say("a", "3;")
+	// The old process has ended: now there may be a third.
+	if _, r, err := next.upgrade(h, opts...); err != nil || r.Moved != 2 {
+		t.Fatalf("the third process: %+v, %v", r, err)
+	}
+	quick.say("a", "5;")
+	slow.say("a", "4;")
 }
 
 // WithDrainLimit ends what does not move.
