@@ -11,7 +11,9 @@ package supervise
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
+	"slices"
 	"sort"
 	"time"
 
@@ -56,10 +58,10 @@ type Supervisor struct {
 	pools        map[string]*pool
 	estates      map[uint64]*estate // of dead workers
 	m            *ownership.Machine
-	carrying     bool                              // see carryOut
-	mailed       []*worker                         // they have mail
-	awake        []ownership.GroupKey              // whose waiters may ask again
-	waiters      map[ownership.GroupKey][]*session // asked to join while a group was under way
+	carrying     bool                                       // see carryOut
+	mailed       []*worker                                  // they have mail
+	awake        []ownership.GroupKey                       // whose waiters may ask again
+	waiters      map[ownership.GroupKey]map[uint64]*session // asked to join while a group was under way
 	groupStates  map[ownership.GroupKey]*groupState
 	owing        map[uint64]*session // that owe their peer a KeyUpdate
 	keyOps       int                 // goroutines that read or set keys
@@ -74,8 +76,8 @@ type Supervisor struct {
 	pace         pace
 	sweepAt      time.Time // of the keeper's surplus duplicates, next
 	stopping     bool
-	idle         []func() // called when nothing is under way
-	unanswered   []func() // questions that came while quiescing
+	idle         []func()          // called when nothing is under way
+	unanswered   map[uint64]func() // by session: the last question that came while quiescing
 	recovery     *recovery
 	waitingReady func() // first start: called when every pool has a worker
 	allDead      func() // stop: called when no worker is left
@@ -186,8 +188,8 @@ func (s *Supervisor) goOn() {
 	s.quiescing, s.holding = false, false
 	list := s.unanswered
 	s.unanswered = nil
-	for _, f := range list {
-		f()
+	for _, id := range slices.Sorted(maps.Keys(list)) {
+		list[id]()
 	}
 }
 
@@ -312,8 +314,8 @@ func (s *Supervisor) onClosed(w *worker, m *wire.Message) error {
 	for _, c := range m.Closed {
 		refs = append(refs, c.Ref)
 		ss := s.sessions[c.ID]
-		if ss == nil {
-			continue // told again after a restart of ours
+		if ss == nil || ss.Ended {
+			continue // told again: after a restart of ours, or in this very message
 		}
 		s.logEnd(ss, w, c)
 		if op := ss.pool.op; op != nil {

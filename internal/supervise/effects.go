@@ -202,6 +202,7 @@ func (s *Supervisor) putEntry(ss *session, e *ownership.Effect) {
 // moved counts a commit.
 func (s *Supervisor) moved(ss *session, t *attempt) {
 	s.trim.Did(1)
+	s.waitNoMore(ss) // its new owner asks by itself
 	if t.From != nil {
 		s.led.count(cntMoved, 1)
 		op := ss.pool.op

@@ -2,6 +2,8 @@ package supervise
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/ownership"
@@ -30,14 +32,20 @@ func (s *Supervisor) onGroup(w *worker, m *wire.Message) error {
 	if s.quiescing {
 		// A successor will be asked again, after its INVENTORY; if none comes about,
 		// this supervisor has to answer.
-		s.unanswered = append(s.unanswered, func() {
+		if s.unanswered == nil {
+			s.unanswered = map[uint64]func(){}
+		}
+		s.unanswered[ref.ID] = func() { // the last one counts
 			if s.sessions[ref.ID] == ss && ss.Owner == &w.Worker {
 				if err := s.onGroup(w, m); err != nil {
 					s.detach(w, err)
 				}
 			}
-		})
+		}
 		return nil
+	}
+	if ss.rare().wants != m.Group {
+		s.waitNoMore(ss)
 	}
 	if ss.groupName() != m.Group {
 		s.m.Leave(&ss.Session)
@@ -71,10 +79,7 @@ func (s *Supervisor) tryJoin(ss *session, name string) {
 	case home != nil && home.state == workerDetached:
 		s.grouped(ss, name, "the worker that has the group cannot be reached any more")
 	case !atRest(g) || !w.Usable():
-		if m := ss.edit(); m.wants != name { // else it waits already
-			m.wants = name
-			s.waiters[k] = append(s.waiters[k], ss)
-		}
+		s.waitFor(ss, name)
 	case ss.rare().joinFails >= 3:
 		ss.edit().joinFails = 0
 		s.grouped(ss, name, "the session could not be moved to the worker that has the group")
@@ -103,15 +108,47 @@ func (s *Supervisor) grouped(ss *session, name, refusal string) {
 		Refs: []wire.Ref{{ID: ss.ID, Epoch: ss.Epoch}}})
 }
 
+// waitFor has a session wait until a group has come to rest: for one at a time.
+func (s *Supervisor) waitFor(ss *session, name string) {
+	if ss.rare().wants == name {
+		return // it waits already
+	}
+	s.waitNoMore(ss)
+	ss.edit().wants = name
+	k := ss.pool.groupKey(name)
+	if s.waiters[k] == nil {
+		s.waiters[k] = map[uint64]*session{}
+	}
+	s.waiters[k][ss.ID] = ss
+}
+
+// waitNoMore forgets that a session wanted to join a group: it wants something else now,
+// has ended, or has another owner, who asks by itself.
+func (s *Supervisor) waitNoMore(ss *session) {
+	name := ss.rare().wants
+	if name == "" {
+		return
+	}
+	k := ss.pool.groupKey(name)
+	delete(s.waiters[k], ss.ID)
+	if len(s.waiters[k]) == 0 {
+		delete(s.waiters, k)
+	}
+	ss.more.wants = ""
+	ss.slim()
+}
+
 // wakeWaiters asks again for those that wanted to join while a group was under way.
 func (s *Supervisor) wakeWaiters(k ownership.GroupKey) {
 	list := s.waiters[k]
-	delete(s.waiters, k)
-	for _, ss := range list {
-		name := ss.rare().wants
-		ss.edit().wants = ""
-		if s.sessions[ss.ID] == ss && ss.Owner != nil && ss.Try == nil && name != "" {
-			s.tryJoin(ss, name)
+	for _, id := range slices.Sorted(maps.Keys(list)) {
+		ss := list[id]
+		if ss == nil {
+			continue // it ended over another one's
+		}
+		s.waitNoMore(ss)
+		if ss.Owner != nil && ss.Try == nil {
+			s.tryJoin(ss, k.Name)
 		}
 	}
 }

@@ -69,7 +69,7 @@ func newSupervisor(ctx context.Context, log hclog.Logger, k store) *Supervisor {
 	s := &Supervisor{log: log, keeper: k, now: time.Now,
 		events: make(chan func(), 4096), stop: make(chan struct{}), done: make(chan struct{}),
 		sessions: map[uint64]*session{}, workers: map[uint64]*worker{}, pools: map[string]*pool{},
-		waiters: map[ownership.GroupKey][]*session{}, groupStates: map[ownership.GroupKey]*groupState{},
+		waiters: map[ownership.GroupKey]map[uint64]*session{}, groupStates: map[ownership.GroupKey]*groupState{},
 		owing: map[uint64]*session{}, keys: kernelKeys{}}
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	s.leads(0)

@@ -139,6 +139,7 @@ func (ss *session) slotEntry() entry {
 // duplicate of the socket.
 func (s *Supervisor) forget(ss *session, how endCode) {
 	s.settled(ss)
+	s.waitNoMore(ss)
 	if r := ss.rekey; r != nil {
 		for _, f := range r.waiters {
 			f(errSessionEnded)
