@@ -63,16 +63,18 @@ type Supervisor struct {
 	awake        []ownership.GroupKey                       // whose waiters may ask again
 	waiters      map[ownership.GroupKey]map[uint64]*session // asked to join while a group was under way
 	groupStates  map[ownership.GroupKey]*groupState
-	owing        map[uint64]*session // that owe their peer a KeyUpdate
-	keyOps       int                 // goroutines that read or set keys
-	pings        uint32              // sent so far
-	ranFor       runTime             // for heartbeats
-	trim         sys.Trim            // memory, after handshakes and moves
-	trimAt       time.Time           // next look
-	quiescing    bool                // a successor is about to start: begin nothing new
-	holding      bool                // nothing is under way, and nothing begins
-	hold         func()              // called once, when nothing works on a socket; see holdLedger
-	replaced     bool                // a successor leads: nothing more is done here
+	writes       int                  // of them to the keeper
+	writeQueue   []ownership.GroupKey // those that wait for their turn
+	owing        map[uint64]*session  // that owe their peer a KeyUpdate
+	keyOps       int                  // goroutines that read or set keys
+	pings        uint32               // sent so far
+	ranFor       runTime              // for heartbeats
+	trim         sys.Trim             // memory, after handshakes and moves
+	trimAt       time.Time            // next look
+	quiescing    bool                 // a successor is about to start: begin nothing new
+	holding      bool                 // nothing is under way, and nothing begins
+	hold         func()               // called once, when nothing works on a socket; see holdLedger
+	replaced     bool                 // a successor leads: nothing more is done here
 	pace         pace
 	sweepAt      time.Time // of the keeper's surplus duplicates, next
 	stopping     bool

@@ -20,12 +20,15 @@ import (
 //
 //	home dies -> members held -> state read from the keeper -> HoldGroup, OfferGroup
 type groupState struct {
-	checkpoint bool   // the application makes checkpoints
-	asked      uint64 // states so far
-	stored     uint64 // the newest that is with the keeper
-	busy       bool   // somebody reads it
-	read       bool   // it was read since the group lost its home
-	offers     int    // with it
+	checkpoint bool // the application makes checkpoints
+	busy       bool // somebody reads it
+	read       bool // it was read since the group lost its home
+	offers     int  // with it
+
+	// On its way to the keeper; see group_write.go.
+	next    *stateWrite // the newest, which waits
+	queued  bool        // for the number of those that are written at once
+	writing bool        // the one before next
 }
 
 // maxStateOffers is how often a group is offered with a state that nobody takes before it
@@ -53,45 +56,14 @@ func (s *Supervisor) onCheckpoint(w *worker, m *wire.Message) error {
 		answer(errors.New("the session is not a member of the group here"))
 		return nil
 	}
-	s.putGroupState(w.pool.groupKey(m.Group), m.Blobs[0].Data, true, answer)
+	s.putGroupState(w.pool.groupKey(m.Group), m.Blobs[0].Data, w, answer)
 	return nil
-}
-
-// putGroupState has the keeper hold a group's state; then is called when it does.
-func (s *Supervisor) putGroupState(k ownership.GroupKey, blob []byte, checkpoint bool, then func(error)) {
-	st := s.groupStates[k]
-	if st == nil {
-		st = &groupState{}
-		s.groupStates[k] = st
-	}
-	st.checkpoint = st.checkpoint || checkpoint
-	st.asked++
-	n := st.asked
-	var meta []byte
-	if st.checkpoint {
-		meta = []byte{1}
-	}
-	go func() { // megabytes, perhaps
-		fd, err := sys.SealedMemfd("ktlsvisor-group", blob)
-		s.post(func() {
-			switch {
-			case err != nil:
-				then(err)
-			case s.groupStates[k] != st, n < st.stored:
-				sys.CloseAll([]int{fd})
-				then(nil) // the group is no more, or there is a newer one
-			default:
-				st.stored = n
-				s.retain.put(keeper.Entry{Key: stateKey(k), Meta: meta, FDs: []int{fd}}, then)
-			}
-		})
-	}()
 }
 
 // keepGroup has the keeper hold the state that a group was parked with, where there is
 // no worker any more that has it, and where it is newer than the last checkpoint.
 func (s *Supervisor) keepGroup(k ownership.GroupKey, blob []byte) {
-	s.putGroupState(k, blob, false, func(err error) {
+	s.putGroupState(k, blob, nil, func(err error) {
 		if err != nil {
 			s.log.Error("the state of a group is not kept", "group", k.Name, "pool", k.Pool, "error", err)
 		}
@@ -106,8 +78,7 @@ func (s *Supervisor) groupDone(k ownership.GroupKey) {
 	}
 	switch g := s.m.Groups()[k]; {
 	case g == nil, g.Home != nil && !st.checkpoint:
-		delete(s.groupStates, k)
-		s.retain.delete(stateKey(k))
+		s.dropState(k, st)
 	case g.Home != nil:
 		st.read, st.offers = false, 0
 	}

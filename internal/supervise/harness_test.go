@@ -27,7 +27,8 @@ const patience = 10 * time.Second
 // memStore is a keeper in this process.
 type memStore struct {
 	mu      sync.Mutex
-	full    bool // nothing more can be put
+	full    bool                 // nothing more can be put
+	hold    func(e keeper.Entry) // called before it is put; nil: nothing
 	entries map[keeper.Key]keeper.Entry
 }
 
@@ -47,6 +48,14 @@ func dupAll(fds []int) ([]int, error) {
 }
 
 func (m *memStore) Put(_ context.Context, entries ...keeper.Entry) error {
+	m.mu.Lock()
+	hold := m.hold
+	m.mu.Unlock()
+	for i := range entries {
+		if hold != nil {
+			hold(entries[i])
+		}
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.full {

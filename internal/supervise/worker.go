@@ -101,6 +101,8 @@ type worker struct {
 	marks      *marks         // what it says it is handling; nil: it does not say
 	quarantine bool           // takes suspects only; see poison.go
 	bare       bool           // the keeper has no duplicates of its sockets; see bare.go
+
+	waitingStates int // bytes of its checkpoints that wait to be written
 }
 
 func (w *worker) String() string {
