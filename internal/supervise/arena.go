@@ -2,7 +2,6 @@ package supervise
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
@@ -96,7 +95,7 @@ func fetchArena(ctx context.Context, k store, worker uint64) (int, error) {
 		sys.CloseAll(entries[i].FDs)
 	}
 	if fd < 0 {
-		return -1, errors.New("the keeper has no arena of it")
+		return -1, errNoArena
 	}
 	return fd, nil
 }

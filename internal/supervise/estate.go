@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
+	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
@@ -128,9 +130,8 @@ func (s *Supervisor) heir(ss *session) heir {
 // recoverBatch finds out how far the dead owner of some sessions came with each. In the
 // kernel layer the socket has everything but what the application committed.
 func (s *Supervisor) recoverBatch(e *estate, batch []heir) {
-	ctx, cancel := context.WithTimeout(s.ctx, keeperTimeout)
-	defer cancel()
-	err := e.open(ctx, s.keeper)
+	err := s.insist(func(ctx context.Context) error { return e.open(ctx, s.keeper) })
+	s.sayUncommitted(batch, err)
 	var entries []keeper.Entry
 	var ids []uint64
 	for i := range batch {
@@ -139,9 +140,12 @@ func (s *Supervisor) recoverBatch(e *estate, batch []heir) {
 		}
 	}
 	if err == nil && len(ids) > 0 {
-		if entries, err = s.keeper.Get(ctx, keeper.KindSocket, ids...); err != nil {
-			err = fmt.Errorf("%w: %w", errNoSocket, err)
-		}
+		err = s.insist(func(ctx context.Context) (err error) {
+			if entries, err = s.keeper.Get(ctx, keeper.KindSocket, ids...); err != nil {
+				err = fmt.Errorf("%w: %w", errNoSocket, err)
+			}
+			return err
+		})
 	}
 	socks := make(map[uint64]int, len(entries))
 	for i := range entries {
@@ -181,6 +185,52 @@ func (s *Supervisor) recoverBatch(e *estate, batch []heir) {
 	}
 }
 
+const (
+	// insistLimit bounds how long what a dead worker left behind is asked for. There is
+	// nothing else from which its sessions could go on.
+	insistLimit = 2 * time.Minute
+	insistPause = 50 * time.Millisecond // doubled each time, up to insistMost
+	insistMost  = 5 * time.Second
+)
+
+// insist repeats what the keeper, or this process, had no means for at the moment.
+func (s *Supervisor) insist(f func(ctx context.Context) error) error {
+	ctx, cancel := context.WithTimeout(s.ctx, insistLimit)
+	defer cancel()
+	for pause := insistPause; ; pause = min(2*pause, insistMost) {
+		once, done := context.WithTimeout(ctx, keeperTimeout)
+		err := f(once)
+		done()
+		if err == nil || errors.Is(err, errNoArena) || errors.Is(err, errBadArena) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(pause):
+			s.log.Warn("what a dead worker left behind cannot be had at the moment; trying again", "error", err)
+		}
+	}
+}
+
+// sayUncommitted says of which sessions in the kernel layer it cannot be seen what a dead
+// worker had committed: they go on as interrupted.
+func (s *Supervisor) sayUncommitted(batch []heir, err error) {
+	if err == nil || errors.Is(err, errNoArena) { // it had none
+		return
+	}
+	var ids []string
+	for i := range batch {
+		if !batch[i].ss.software {
+			ids = append(ids, sid(batch[i].ss.ID))
+		}
+	}
+	if len(ids) > 0 {
+		s.log.Warn("what a dead worker had committed cannot be read: its sessions go on as interrupted", "count", len(ids),
+			"sessions", strings.Join(ids, " "), "error", err)
+	}
+}
+
 // errTooMuch: many of its sessions name the same bytes, as only a worker that lies does.
 var errTooMuch = errors.New("its worker's arena claims more than it holds")
 
@@ -197,7 +247,10 @@ func (e *estate) holds(h *heir) bool {
 	return e.mem == nil || e.taken <= 2*len(e.mem)
 }
 
-var errNoArena = errors.New("its worker kept no journals")
+var (
+	errNoArena  = errors.New("its worker kept no journals")
+	errBadArena = errors.New("the memory with its worker's journals is damaged")
+)
 
 // open maps the dead worker's arena.
 func (e *estate) open(ctx context.Context, k store) error {
@@ -206,7 +259,7 @@ func (e *estate) open(ctx context.Context, k store) error {
 	}
 	fd, err := fetchArena(ctx, k, e.worker)
 	if err != nil {
-		return fmt.Errorf("%w: %w", errNoArena, err)
+		return err
 	}
 	defer sys.CloseAll([]int{fd})
 	size, err := sys.FileSize(fd)
@@ -219,12 +272,12 @@ func (e *estate) open(ctx context.Context, k store) error {
 	}
 	if e.journals, err = ktls.OpenJournals(mem); err != nil {
 		_ = sys.Unmap(mem)
-		return err
+		return fmt.Errorf("%w: %w", errBadArena, err)
 	}
 	if e.commits, err = ktls.OpenCommits(mem); err != nil {
 		e.journals = nil
 		_ = sys.Unmap(mem)
-		return err
+		return fmt.Errorf("%w: %w", errBadArena, err)
 	}
 	e.mem = mem
 	return nil

@@ -27,8 +27,9 @@ const patience = 10 * time.Second
 // memStore is a keeper in this process.
 type memStore struct {
 	mu      sync.Mutex
-	full    bool                 // nothing more can be put
-	hold    func(e keeper.Entry) // called before it is put; nil: nothing
+	full    bool                         // nothing more can be put
+	hold    func(e keeper.Entry)         // called before it is put; nil: nothing
+	deny    func(kind keeper.Kind) error // called before something is got; nil: nothing
 	entries map[keeper.Key]keeper.Entry
 }
 
@@ -76,6 +77,11 @@ func (m *memStore) Put(_ context.Context, entries ...keeper.Entry) error {
 func (m *memStore) Get(_ context.Context, kind keeper.Kind, ids ...uint64) ([]keeper.Entry, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.deny != nil {
+		if err := m.deny(kind); err != nil {
+			return nil, err
+		}
+	}
 	want := map[uint64]bool{}
 	for _, id := range ids {
 		want[id] = true

@@ -197,7 +197,7 @@ func (r *retainer) touchSockets(ctx context.Context, run []order) error {
 	}
 	for i := range run {
 		if look := run[i].look; look != nil {
-			r.post(func() { look(open[run[i].shut]) })
+			r.post(func() { look(open[run[i].shut] || err != nil) }) // nobody has seen it closed
 		}
 	}
 	return err
