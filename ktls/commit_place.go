@@ -1,6 +1,7 @@
 package ktls
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"sync"
@@ -48,7 +49,9 @@ func (a *Arena) NewCommits(c *Conn, key JournalKey, state []byte, stateOnly bool
 	clear(k.m[slotEpoch:])
 	sys.OpenNote(k.m[commitNoteRX:])
 	sys.OpenNote(k.m[commitNoteTX:])
-	k.rec = commitRecord{id: key.ID, epoch: key.Epoch, born: a.births.Add(1)}
+	k.rec = commitRecord{id: key.ID, epoch: key.Epoch, born: a.births.Add(1), consumed: countFrom, inBase: countFrom}
+	k.read = countFrom
+	k.set(wordReceived, countFrom)
 	c.rmu.Lock()
 	defer c.rmu.Unlock()
 	c.wmu.Lock()
@@ -88,7 +91,7 @@ func (k *Commits) fill(c *Conn, state []byte) {
 	if n := len(c.unread); n > 0 {
 		k.in = k.chunk(c.unread)
 		k.rec.in = chunkRef(k.in)
-		k.set(wordReceived, uint64(n))
+		k.set(wordReceived, countFrom+uint64(n))
 	}
 	if n := len(c.queued); n > 0 {
 		k.out = k.chunk(c.queued)
@@ -120,11 +123,17 @@ func (k *Commits) alloc(n int) *buffer {
 		if b := k.place.a.alloc(n); b != nil {
 			return b
 		}
-		k.off.Store(true)
+		k.quit()
+	}
+	return &buffer{b: make([]byte, n)}
+}
+
+// quit lets the session go on without being kept.
+func (k *Commits) quit() {
+	if !k.off.Swap(true) {
 		k.place.a.lost.Add(1)
 		sys.StoreShared(k.m, stateOff)
 	}
-	return &buffer{b: make([]byte, n)}
 }
 
 // Live says whether what is committed outlives this process. It ends when the arena is
@@ -252,20 +261,40 @@ func (k *Commits) waiting() int {
 	return int(k.get(wordReceived) - k.read)
 }
 
-// takeBack makes the last n bytes that were given be given again, if they are p.
-func (k *Commits) takeBack(p []byte) bool {
+// pushBack makes p be given next. What of it is the end of what was given since the last
+// commit is taken back; anything else counts as given when it is given again. It becomes
+// part of what the next owner reads, as it does in a move: behind what was given and not
+// committed, and before what waits.
+func (k *Commits) pushBack(p []byte) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	var given, waits []byte
+	if k.in != nil {
+		at := k.read - k.rec.inBase
+		given, waits = k.in.b[k.rec.consumed-k.rec.inBase:at], k.in.b[at:k.get(wordReceived)-k.rec.inBase]
+	}
+	switch {
+	case bytes.HasSuffix(given, p):
+		k.read -= uint64(len(p))
+		return
+	case bytes.HasSuffix(p, given):
+		k.read = k.rec.consumed
+		waits = append(bytes.Clone(given), waits...)
+		p, given = p[:len(p)-len(given)], nil
+	}
+	if len(given)+len(p)+len(waits) > MaxUncommitted {
+		k.quit() // a next owner may not have so much
+	}
+	// The counters of what was received stay as they are: this input lies before.
 	n := uint64(len(p))
-	if k.in == nil || k.read-k.rec.consumed < n {
-		return false
-	}
-	at := k.read - k.rec.inBase
-	if string(k.in.b[at-n:at]) != string(p) {
-		return false
-	}
+	old, in := k.in, k.chunk(given, p, waits)
+	rec := k.rec
+	rec.consumed -= n
+	rec.in, rec.inBase = chunkRef(in), rec.consumed
+	k.publish(rec)
+	k.in = in
 	k.read -= n
-	return true
+	k.free(old)
 }
 
 // rewind makes everything that is not committed be given again.

@@ -41,6 +41,10 @@ const (
 	wordEnded    = commitWords + 40 // 1: close_notify was read
 )
 
+// countFrom is where the count of input begins, so that there is room before it for
+// what is pushed back.
+const countFrom = 1 << 40
+
 // Limits of one session, in bytes.
 const (
 	// MaxUncommitted is how much input may be read and not committed.

@@ -408,7 +408,8 @@ func (c *Conn) Unread(p []byte) {
 	if c.closed.Load() || len(p) == 0 {
 		return
 	}
-	if k := c.commits; k != nil && !k.stateOnly && k.takeBack(p) {
+	if k := c.commits; k != nil && !k.stateOnly {
+		k.pushBack(p)
 		c.noteBuffered()
 		return
 	}
