@@ -414,7 +414,7 @@ func (c *Conn) Unread(p []byte) {
 		return
 	}
 	c.unread = append(slices.Clone(p), c.unread...)
-	c.setUnread(len(p))
+	c.setUnread()
 	c.noteBuffered()
 }
 

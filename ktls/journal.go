@@ -32,7 +32,7 @@ import (
 //     which that ends, and where the sealed bytes are. It is published before any of
 //     these bytes is sent; how many were, the socket tells. So a record that was
 //     sealed and not published was not sent either, and its number is free.
-//   - commit: how much of the delivered input is done with.
+//   - commit: which Commits count what was delivered and sealed here.
 //
 // A change of keys writes the next secret into the direction's other key place and
 // switches with the register. A KeyUpdate of ours is published together with the word
@@ -88,9 +88,9 @@ const (
 	rxOwed            // answers that the peer has asked for: KeyUpdate, no_renegotiation
 	rxUnread          // chunk reference: plaintext to be read before anything else
 	rxUnreadAt        // from, to in it
-	rxKept            // chunk reference: plaintext that was delivered and not consumed
-	rxKeptBase        // count of plaintext delivered before that chunk's first byte
-	rxKeptEnd         // and up to now
+	_
+	_
+	rxCount // of plaintext bytes delivered
 )
 
 // Words of the sending register.
@@ -111,8 +111,8 @@ const (
 
 // Words of the commit register.
 const (
-	cmConsumed = iota // plaintext that is done with, counted like rxKeptEnd
-	cmBorn            // of the Commits that count with this journal; 0: none
+	_      = iota
+	cmBorn // of the Commits that count with this journal; 0: none
 )
 
 const (

@@ -89,7 +89,13 @@ func killedOwner() error {
 		if err != nil {
 			return fmt.Errorf("session %d: %w", n, err)
 		}
-		p, err := a.Place(JournalKey{uint64(n + 1), uint64(owner)})
+		key := JournalKey{uint64(n + 1), uint64(owner)}
+		if retains(n) {
+			if _, err := a.NewCommits(c, key, nil, false); err != nil {
+				return err
+			}
+		}
+		p, err := a.Place(key)
 		if err == nil {
 			err = c.Journal(p)
 		}
@@ -110,11 +116,6 @@ func killedOwner() error {
 // killedReader checks what the peer sends, and notes how far it has come.
 func killedReader(c *Conn, note []byte, n int) error {
 	retain := retains(n)
-	if retain {
-		if err := c.Retain(1 << 20); err != nil {
-			return err
-		}
-	}
 	in := streamAt(note, n)
 	buf := make([]byte, maxRead)
 	for {
@@ -129,11 +130,11 @@ func killedReader(c *Conn, note []byte, n int) error {
 			if !in.found || rand.IntN(3) > 0 {
 				continue
 			}
-			k = rand.IntN(c.Retained() + 1)
+			k = rand.IntN(c.Uncommitted() + 1)
 			done := sys.LoadShared(note[16:]) + uint64(k)
 			sys.StoreShared(note[8:], in.first+done)
-			if err := c.Consumed(k); err != nil {
-				return err
+			if done, err := c.Commit(k, nil, nil, true); err != nil || !done {
+				return fmt.Errorf("session %d: commit: %v, %w", n, done, err)
 			}
 			sys.StoreShared(note[16:], done)
 			sys.StoreShared(note, in.first+done)
@@ -230,7 +231,7 @@ func (s *countingStream) add(p []byte) error {
 }
 
 // streamAt is the stream of session n where the next owner reads on: behind what it
-// noted as consumed, or was about to; without Retain, behind what the journals say that
+// noted as committed, or was about to; without Commits, behind what the journals say that
 // owners were given.
 func streamAt(note []byte, n int) *countingStream {
 	if retains(n) {
@@ -240,6 +241,8 @@ func streamAt(note []byte, n int) *countingStream {
 	return &countingStream{at: given, intent: given}
 }
 
+// retains says which sessions commit what they have read, and read again what they have
+// not.
 func retains(n int) bool { return n%3 == 2 }
 
 // killedPeer is the client of one session.
@@ -359,17 +362,16 @@ func TestKilledOwners(t *testing.T) {
 	}()
 	unsent, unread, kept := 0, 0, 0
 	for kill := range kills {
-		j, done := runKilled(t, kill+1, notesFD, peers)
+		j, commits, done := runKilled(t, kill+1, notesFD, peers)
 		for i, p := range peers {
 			note := notes[i*noteSize:][:noteSize]
 			rc, err := p.sock.SyscallConn()
 			if err != nil {
 				t.Fatal(err)
 			}
+			key := JournalKey{uint64(i + 1), uint64(kill + 1)}
 			var r *Recovered
-			_ = rc.Control(func(fd uintptr) {
-				r, err = j.Recover(JournalKey{uint64(i + 1), uint64(kill + 1)}, p.facts, int(fd))
-			})
+			_ = rc.Control(func(fd uintptr) { r, err = j.Recover(key, p.facts, int(fd)) })
 			if err != nil {
 				t.Fatalf("kill %d, session %d: %v", kill+1, i, err)
 			}
@@ -383,7 +385,15 @@ func TestKilledOwners(t *testing.T) {
 				}
 				sys.StoreShared(note[24:], given)
 			}
-			unsent, unread, kept = unsent+r.Unsent, unread+r.Unread, kept+r.Retained
+			if retains(i) {
+				k, err := commits.Amend(key, r.Record, r)
+				if err != nil || k == nil {
+					t.Fatalf("kill %d, session %d: %v, %v", kill+1, i, k, err)
+				}
+				p.record = k.Record
+				kept += k.Again
+			}
+			unsent, unread = unsent+r.Unsent, unread+r.Unread
 			sys.StoreShared(note[16:], 0)
 			if len(p.errs) > 0 {
 				t.Fatalf("kill %d, session %d: %v", kill+1, i, <-p.errs)
@@ -391,7 +401,7 @@ func TestKilledOwners(t *testing.T) {
 		}
 		done()
 	}
-	t.Logf("%d kills of %d sessions; owners left %d bytes to send, %d to read, of which %d had been read and not consumed", kills, len(peers), unsent, unread, kept)
+	t.Logf("%d kills of %d sessions; owners left %d bytes to send, %d to read, and %d that had been read and not committed", kills, len(peers), unsent, unread, kept)
 	if unsent == 0 || unread == 0 || kept == 0 {
 		t.Error("nothing was in progress at any kill")
 	}
@@ -438,7 +448,7 @@ func newKilledPeer(t *testing.T, i int, version, suite uint16) *killedPeer {
 }
 
 // runKilled lets a process own the sessions for a moment.
-func runKilled(t *testing.T, owner, notes int, peers []*killedPeer) (j *Journals, done func()) {
+func runKilled(t *testing.T, owner, notes int, peers []*killedPeer) (j *Journals, commits *CommitLog, done func()) {
 	t.Helper()
 	arena, err := sys.SharedMemfd("arena", killArena)
 	if err != nil {
@@ -495,7 +505,10 @@ func runKilled(t *testing.T, owner, notes int, peers []*killedPeer) (j *Journals
 	if j.Len() != len(peers) {
 		t.Fatalf("%d journals of %d sessions", j.Len(), len(peers))
 	}
-	return j, func() { _ = sys.Unmap(mem) }
+	if commits, err = OpenCommits(mem); err != nil {
+		t.Fatal(err)
+	}
+	return j, commits, func() { _ = sys.Unmap(mem) }
 }
 
 func sendRecord(ch *sys.PacketConn, sock *os.File, facts, record []byte) error {

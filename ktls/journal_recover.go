@@ -52,8 +52,6 @@ type Recovered struct {
 	Record []byte // for Import; a secret, void once it was imported
 	// Unsent and Unread are how many sealed and received bytes the dead owner left.
 	Unsent, Unread int
-	// Retained is how much of what will be read was read before: see Conn.Retain.
-	Retained int
 	// Read and Written count the plaintext that the owner's application was given and
 	// that was sealed for it, since it got the session.
 	Read, Written uint64
@@ -171,14 +169,6 @@ func (j *Journals) receiving(m []byte, id uint64, suite *suiteInfo, at sys.TCPPo
 			return err
 		}
 	}
-	if from := max(cm[cmConsumed], w[rxKeptBase]); from < w[rxKeptEnd] {
-		kept, err := j.chunk(w[rxKept], from-w[rxKeptBase], w[rxKeptEnd]-w[rxKeptBase])
-		if err != nil {
-			return err
-		}
-		out.Retained = len(kept)
-		rec.Unread = append(kept, rec.Unread...)
-	}
 	switch {
 	case w[rxFlags]&flagFIN != 0:
 		rec.RXEnd = endFIN
@@ -189,7 +179,7 @@ func (j *Journals) receiving(m []byte, id uint64, suite *suiteInfo, at sys.TCPPo
 	rec.RXUsed, rec.RXGen, rec.RXPos = half.used, w[rxGen], read+1
 	rec.Empties, rec.Warnings, rec.Handshakes = uint8(w[rxFlags]>>8), uint8(w[rxFlags]>>16), uint8(w[rxFlags]>>24)
 	w.debts(m, id, rec)
-	out.Read, out.born = w[rxKeptEnd], cm[cmBorn]
+	out.Read, out.born = w[rxCount], cm[cmBorn]
 	out.Unread = len(rec.Raw) + len(rec.Plain) + len(rec.Unread)
 	return nil
 }

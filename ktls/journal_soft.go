@@ -29,10 +29,7 @@ type readJournal struct {
 	answered uint16  // KeyUpdates of the peer that we wanted
 
 	unread blob
-	kept   blob   // delivered, not consumed; empty when retain is not set
 	count  uint64 // of plaintext bytes delivered
-	done   uint64 // and of these, how many are consumed
-	retain int    // bound of kept; 0: what is delivered is done with
 }
 
 // writeJournal is the sending half's.
@@ -70,10 +67,10 @@ func (r *softReader) publish() {
 	if !j.place.off.Load() {
 		w := words{
 			rxOff: r.pos - uint64(r.end-j.keep), rxSeq: j.seq, rxUsed: r.used, rxGen: j.gen,
-			rxFlags:    j.ended | uint64(j.skip)<<rxSkipShift | uint64(j.answered)<<rxAnsweredShift | j.floods.bits()<<rxFloodShift,
-			rxBase:     r.pos - uint64(r.end),
-			rxOwed:     uint64(j.place.updates.Load())<<32 | uint64(j.place.renegs.Load()),
-			rxKeptBase: j.count - uint64(j.kept.to), rxKeptEnd: j.count,
+			rxFlags: j.ended | uint64(j.skip)<<rxSkipShift | uint64(j.answered)<<rxAnsweredShift | j.floods.bits()<<rxFloodShift,
+			rxBase:  r.pos - uint64(r.end),
+			rxOwed:  uint64(j.place.updates.Load())<<32 | uint64(j.place.renegs.Load()),
+			rxCount: j.count,
 		}
 		if j.key1 {
 			w[rxFlags] |= flagKey1
@@ -83,9 +80,6 @@ func (r *softReader) publish() {
 		}
 		if b := &j.unread; b.buf != nil {
 			w[rxUnread], w[rxUnreadAt] = chunkRef(b.buf), span(b.from, b.to)
-		}
-		if b := &j.kept; b.buf != nil {
-			w[rxKept] = chunkRef(b.buf)
 		}
 		j.place.publish(regRX, &w)
 	}
@@ -145,17 +139,8 @@ func (r *softReader) journalRoom() {
 // deliver notes that p was given to the reader. The register says so before read returns,
 // so that nothing is ever read twice.
 func (r *softReader) deliver(p []byte) {
-	j := &r.j
-	*j.floods = floods{} // as the Conn will
-	switch {
-	case j.retain == 0:
-	case j.kept.len()+len(p) > j.retain:
-		j.place.quit()
-		return
-	default:
-		r.retire(j.kept.add(j.place, p))
-	}
-	j.count += uint64(len(p))
+	*r.j.floods = floods{} // as the Conn will
+	r.j.count += uint64(len(p))
 }
 
 // deliverOpened is deliver for a part of the record before start.
@@ -436,14 +421,10 @@ func (c *Conn) tookUnread(p []byte) {
 	}
 }
 
-// setUnread notes that n bytes were pushed back in front of c.unread.
-func (c *Conn) setUnread(n int) {
+// setUnread notes what c.unread is after something was pushed back.
+func (c *Conn) setUnread() {
 	if l := c.softJournal(); l != nil {
 		r := &l.rx
-		if k := min(n, r.j.kept.len()); k > 0 { // what was delivered last
-			r.j.kept.to -= k
-			r.j.count -= uint64(k)
-		}
 		old := r.j.unread.buf
 		r.j.unread = blob{}
 		r.j.unread.add(r.j.place, c.unread)
@@ -497,54 +478,4 @@ func (c *Conn) holdMessage() {
 	if l := c.softJournal(); l != nil {
 		l.rx.j.hold = len(c.hand) > 0
 	}
-}
-
-// Retain keeps what Read gives from now on until Consumed is told, so that a new owner
-// after a crash reads it again: at most limit bytes (and up to 4 MiB), beyond which the
-// journal ends. It needs a journal, and waits for a Read in progress.
-func (c *Conn) Retain(limit int) error {
-	c.rmu.Lock()
-	defer c.rmu.Unlock()
-	l := c.softJournal()
-	if l == nil || limit <= 0 {
-		return errors.New("retain input: the session keeps no journal")
-	}
-	l.rx.j.retain = min(limit, maxRecord)
-	return nil
-}
-
-// Retained is the number of bytes that Read has given and Consumed was not told of.
-func (c *Conn) Retained() int {
-	c.rmu.Lock()
-	defer c.rmu.Unlock()
-	if l := c.softJournal(); l != nil {
-		return l.rx.j.kept.len()
-	}
-	return 0
-}
-
-// Consumed says that the first n bytes that were retained are done with: they are not
-// read again after a crash.
-func (c *Conn) Consumed(n int) error {
-	c.rmu.Lock()
-	defer c.rmu.Unlock()
-	l := c.softJournal()
-	if l == nil {
-		return nil
-	}
-	r := &l.rx
-	if n < 0 || n > r.j.kept.len() {
-		return fmt.Errorf("consumed %d bytes of %d that are retained", n, r.j.kept.len())
-	}
-	if n == 0 {
-		return nil
-	}
-	r.j.done += uint64(n)
-	r.j.place.publish(regCommit, &words{cmConsumed: r.j.done, cmBorn: c.commits.born()})
-	if r.j.kept.from += n; r.j.kept.len() == 0 {
-		// Nothing of the chunk is wanted any more, whatever the register says.
-		r.j.place.put(r.j.kept.buf)
-		r.j.kept = blob{}
-	}
-	return nil
 }

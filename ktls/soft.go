@@ -100,7 +100,7 @@ func (l *softLayer) wipe() {
 	l.tx.half.wipe()
 	if p := l.rx.j.place; p != nil {
 		// What is published goes on referring to these until the place is freed.
-		for _, list := range [][]*buffer{{l.rx.buf, l.rx.j.unread.buf, l.rx.j.kept.buf, l.tx.buf, l.tx.j.queue.buf}, l.rx.j.old, l.tx.j.old} {
+		for _, list := range [][]*buffer{{l.rx.buf, l.rx.j.unread.buf, l.tx.buf, l.tx.j.queue.buf}, l.rx.j.old, l.tx.j.old} {
 			for _, b := range list {
 				p.hold(b)
 			}
