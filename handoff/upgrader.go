@@ -67,6 +67,7 @@ type Upgraded struct {
 	Stayed int           // still here; they may move later, until Serve returns
 	Lost   int           // the new process died with these, or may have
 	Took   time.Duration // from the new process's start to its taking over
+	Moving time.Duration // of it, from the new process's being ready to the last session's commit
 }
 
 // upgraderOptions are those of Upgrader alone; Serve ignores them.

@@ -45,6 +45,7 @@ type giving struct {
 	why     error         // the reason of a refusal of ours
 
 	began      bool // READY came
+	moving     time.Duration
 	paused     chan struct{}
 	begun      time.Time
 	killAt     time.Time
@@ -288,7 +289,7 @@ func (g *giving) flipped(err error) {
 			stayed++
 		}
 	}
-	g.answer(upgradeReply{Upgraded: Upgraded{PID: g.pid, Moved: g.moved, Stayed: stayed, Lost: g.lost, Took: time.Since(g.started)}})
+	g.answer(upgradeReply{Upgraded: Upgraded{PID: g.pid, Moved: g.moved, Stayed: stayed, Lost: g.lost, Took: time.Since(g.started), Moving: g.moving}})
 	if !g.began { // a program without an Upgrader took the listeners over
 		h.log.Warn("the new process takes no sessions; they are served here until they end", "sessions", len(h.residents))
 		g.began, g.broken, g.settled = true, true, true

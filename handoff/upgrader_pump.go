@@ -138,7 +138,7 @@ func (g *giving) settle() {
 	if g.settled {
 		return
 	}
-	g.settled = true
+	g.settled, g.moving = true, time.Since(g.begun)
 	g.answerGroups()
 	g.down.put(&wire.Message{Type: wire.TypeSettled}, nil)
 }

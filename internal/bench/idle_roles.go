@@ -78,7 +78,9 @@ func holdClients(args []string, in *bufio.Scanner, out io.Writer) error {
 			return err
 		}
 		more, err := openClients(args[0], want-len(held))
-		held = append(held, more...)
+		for _, c := range more {
+			held = append(held, c.NetConn())
+		}
 		if err != nil {
 			fmt.Fprintln(out, "error", err)
 			continue
@@ -91,12 +93,12 @@ func holdClients(args []string, in *bufio.Scanner, out io.Writer) error {
 // dialers is how many handshakes are in progress at once.
 const dialers = 8
 
-func openClients(addr string, n int) ([]net.Conn, error) {
+func openClients(addr string, n int) ([]*tls.Conn, error) {
 	// The server's key was made for this run and is told to nobody.
 	conf := &tls.Config{InsecureSkipVerify: true}
 	var (
 		mu    sync.Mutex
-		conns []net.Conn
+		conns []*tls.Conn
 		errs  []error
 		wg    sync.WaitGroup
 	)
@@ -126,7 +128,7 @@ func openClients(addr string, n int) ([]net.Conn, error) {
 	return conns, errors.Join(errs...)
 }
 
-func openClient(addr string, conf *tls.Config) (net.Conn, error) {
+func openClient(addr string, conf *tls.Config) (*tls.Conn, error) {
 	c, err := tls.Dial("tcp4", addr, conf)
 	if err != nil {
 		return nil, err
@@ -139,5 +141,5 @@ func openClient(addr string, conf *tls.Config) (net.Conn, error) {
 		_ = c.NetConn().Close()
 		return nil, err
 	}
-	return c.NetConn(), nil
+	return c, nil
 }

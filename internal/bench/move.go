@@ -24,6 +24,7 @@ type MoveOptions struct {
 	Layer    string // kernel or software
 	Sessions int
 	Workers  int
+	Self     bool // a program that upgrades itself, in place of a unit
 	Rest     bool // sessions are at rest; otherwise a handler waits in Read for each
 	Turns    int  // upgrades, each with a turn of bare descriptors before it
 	Dir      string
@@ -38,6 +39,7 @@ type Move struct {
 	Layer    string  `json:"layer"`
 	Sessions int     `json:"sessions"`
 	Workers  int     `json:"workers"`
+	Self     bool    `json:"self,omitempty"`
 	Rest     bool    `json:"rest"`
 	Turns    int     `json:"turns"`
 	Rate     float64 `json:"sessions_per_second"`
@@ -57,6 +59,9 @@ type Move struct {
 // MeasureMove runs one unit through all turns. At the end every client has a byte
 // echoed: a session that was lost would show.
 func MeasureMove(o MoveOptions) (m Move, err error) {
+	if o.Self {
+		return MeasureSelfMove(o)
+	}
 	if o.Patience == 0 {
 		o.Patience = time.Minute
 	}
@@ -94,9 +99,8 @@ func MeasureMove(o MoveOptions) (m Move, err error) {
 		return m, err
 	}
 	o.Say("%d sessions are there after %.1f s", o.Sessions, time.Since(began).Seconds())
-	var rates, raws []float64
+	var c collected
 	var stalls [3][]float64
-	cpus := map[string][]float64{}
 	for i := range o.Turns {
 		if o.Rest {
 			time.Sleep(4 * restAfter) // nothing tells from outside that sessions are at rest
@@ -109,27 +113,46 @@ func MeasureMove(o MoveOptions) (m Move, err error) {
 		if err != nil {
 			return m, err
 		}
-		rates, raws = append(rates, float64(o.Sessions)/t.took.Seconds()), append(raws, raw)
+		rate := c.add(o.Sessions, t.took, raw, t.cpu)
 		for k, v := range []float64{t.report.StallP50, t.report.StallP99, t.report.StallMax} {
 			stalls[k] = append(stalls[k], v)
 		}
-		for name, d := range t.cpu {
-			cpus[name] = append(cpus[name], float64(d.Nanoseconds())/1000/float64(o.Sessions))
-		}
 		o.Say("  %.0f sessions a second, bare descriptors %.0f; stall p50 %.1f p99 %.1f max %.1f ms; CPU a session (µs): %s",
-			rates[i], raw, t.report.StallP50, t.report.StallP99, t.report.StallMax, describeCPU(t.cpu, o.Sessions))
+			rate, raw, t.report.StallP50, t.report.StallP99, t.report.StallMax, describeCPU(t.cpu, o.Sessions))
 	}
 	if _, err := clients.order("echo"); err != nil {
 		return m, err
 	}
-	m.Rate, m.Low, m.High = quantile(rates, .5), slices.Min(rates), slices.Max(rates)
-	m.RawRate = quantile(raws, .5)
+	c.into(&m)
 	m.StallP50, m.StallP99, m.StallMax = quantile(stalls[0], .5), quantile(stalls[1], .5), quantile(stalls[2], .5)
+	return m, nil
+}
+
+// collected is what the turns of a measurement gave.
+type collected struct {
+	rates, raws []float64
+	cpus        map[string][]float64 // µs a session
+}
+
+func (c *collected) add(sessions int, took time.Duration, raw float64, cpu map[string]time.Duration) (rate float64) {
+	rate = float64(sessions) / took.Seconds()
+	c.rates, c.raws = append(c.rates, rate), append(c.raws, raw)
+	if c.cpus == nil {
+		c.cpus = map[string][]float64{}
+	}
+	for name, d := range cpu {
+		c.cpus[name] = append(c.cpus[name], float64(d.Nanoseconds())/1000/float64(sessions))
+	}
+	return rate
+}
+
+func (c *collected) into(m *Move) {
+	m.Rate, m.Low, m.High = quantile(c.rates, .5), slices.Min(c.rates), slices.Max(c.rates)
+	m.RawRate = quantile(c.raws, .5)
 	m.CPU = map[string]float64{}
-	for name, list := range cpus {
+	for name, list := range c.cpus {
 		m.CPU[name] = quantile(list, .5)
 	}
-	return m, nil
 }
 
 // HostMoves are the measurements on this machine.
@@ -137,7 +160,10 @@ func HostMoves() []MoveOptions {
 	at := func(rest bool, sessions, turns int) MoveOptions {
 		return MoveOptions{Layer: "software", Sessions: sessions, Workers: 1, Rest: rest, Turns: turns}
 	}
-	return []MoveOptions{at(true, 1000, 11), at(true, 10000, 7), at(false, 10000, 5)}
+	self := func(sessions, turns int) MoveOptions {
+		return MoveOptions{Layer: "software", Sessions: sessions, Self: true, Rest: true, Turns: turns}
+	}
+	return []MoveOptions{at(true, 1000, 11), at(true, 10000, 7), at(false, 10000, 5), self(1000, 11), self(10000, 7)}
 }
 
 // GuestMoves are those in a guest: time per session at ten thousand and at a hundred
@@ -154,6 +180,9 @@ func (o MoveOptions) ID() string {
 	what := "handlers"
 	if o.Rest {
 		what = "rest"
+	}
+	if o.Self {
+		return fmt.Sprintf("move-self-%s-%d", what, o.Sessions)
 	}
 	return fmt.Sprintf("move-%s-%s-%d", o.Layer, what, o.Sessions)
 }

@@ -18,14 +18,16 @@ const envRole = "KTLSVISOR_BENCH_ROLE"
 // roles take their arguments from args; they read orders from standard input and
 // answer each with one line.
 var roles = map[string]func(args []string, in *bufio.Scanner, out io.Writer) error{
-	"stock-idle":   stockIdle,
-	"clients":      holdClients,
-	"handshakes":   serveHandshakes,
-	"fetch":        fetch,
-	"case":         runCase,
-	"move-unit":    moveUnit,
-	"thin-clients": thinClients,
-	"raw-sink":     rawSink,
+	"stock-idle":      stockIdle,
+	"clients":         holdClients,
+	"handshakes":      serveHandshakes,
+	"fetch":           fetch,
+	"case":            runCase,
+	"move-unit":       moveUnit,
+	"thin-clients":    thinClients,
+	"self-server":     selfServer,
+	"talking-clients": talkingClients,
+	"raw-sink":        rawSink,
 }
 
 // Main plays a role if this process was started for one; it returns otherwise. It
