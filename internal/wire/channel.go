@@ -126,7 +126,9 @@ func (c *Channel) send(m *Message) error {
 	}
 	c.fds = fds[:0]
 	b, ok := appendMessage(c.out[:0], &out)
-	if !ok {
+	if ok {
+		c.out = b[:0]
+	} else { // in memory of its own: out stays, grown to what moves need
 		var err error
 		if b, err = Encode(&out); err != nil {
 			return err
@@ -135,7 +137,6 @@ func (c *Channel) send(m *Message) error {
 	if len(b) > sys.MaxPacket {
 		return fmt.Errorf("%s: message of %d bytes, the limit is %d", m.Type, len(b), sys.MaxPacket)
 	}
-	c.out = b[:0]
 	return c.pc.Send(b, fds)
 }
 
