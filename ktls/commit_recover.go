@@ -113,6 +113,7 @@ func (k *commitCopy) read(mem, m []byte, rec commitRecord) (err error) {
 	}
 	k.exact = word(wordPlain) <= rec.commits
 
+	var alert []byte
 	k.inEnd = word(wordReceived)
 	note := sys.ReadNote(m[commitNoteRX:])
 	if word(wordCalled) == k.inEnd {
@@ -121,6 +122,14 @@ func (k *commitCopy) read(mem, m []byte, rec commitRecord) (err error) {
 			return errors.New("how much the last receive took is not known")
 		case note.N > 0 && note.Type == int(typeData):
 			k.inEnd += uint64(note.N)
+		case note.N == alertLen && note.Type == int(typeAlert):
+			// The owner died before it could say what alert it had got. It lies where input
+			// would.
+			if at := k.inEnd - rec.inBase; rec.in != 0 && at <= MaxUncommitted+bigBuf {
+				if alert, err = chunk(rec.in, at, at+alertLen); err != nil {
+					return err
+				}
+			}
 		}
 	}
 	k.sent = word(wordSent)
@@ -132,6 +141,9 @@ func (k *commitCopy) read(mem, m []byte, rec commitRecord) (err error) {
 		k.sent += uint64(note.N)
 	}
 	k.ended = ending(min(word(wordEnded), uint64(endFIN)))
+	if k.ended == endOpen && isCloseNotify(alert) {
+		k.ended = endNotify
+	}
 	if rec.in != 0 && rec.consumed >= rec.inBase {
 		from := rec.consumed - rec.inBase
 		if size := rec.in & 0xffffffff; from < size {
@@ -147,6 +159,14 @@ func (k *commitCopy) read(mem, m []byte, rec commitRecord) (err error) {
 		}
 	}
 	return nil
+}
+
+// alertLen is the length of an alert (RFC 8446 section 6).
+const alertLen = 2
+
+// isCloseNotify goes by what Conn.handleAlert does.
+func isCloseNotify(alert []byte) bool {
+	return len(alert) == alertLen && (alert[0] == levelWarning || alert[0] == levelFatal) && Alert(alert[1]) == alertCloseNotify
 }
 
 // Committed is what the next owner of a session goes on from.

@@ -88,7 +88,7 @@ const (
 	rxOwed            // answers that the peer has asked for: KeyUpdate, no_renegotiation
 	rxUnread          // chunk reference: plaintext to be read before anything else
 	rxUnreadAt        // from, to in it
-	_
+	_                 // two that are free
 	_
 	rxCount // of plaintext bytes delivered
 )
@@ -111,8 +111,8 @@ const (
 
 // Words of the commit register.
 const (
-	_      = iota
-	cmBorn // of the Commits that count with this journal; 0: none
+	_      = iota // free
+	cmBorn        // of the Commits that count with this journal; 0: none
 )
 
 const (
