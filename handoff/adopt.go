@@ -104,7 +104,7 @@ func (w *worker) adoptOne(it *wire.Item) error {
 	}
 	c := newConn(w, it.ID, t)
 	c.commits, c.durable = w.takeCommits(it.ID, it.Epoch, t, it.Cargo.App)
-	c.place = w.journal(it.ID, it.Epoch, t)
+	c.place = w.journal(c, it.Epoch, t)
 	c.app = it.Cargo.App
 	c.restored = it.Flags&(wire.FlagRestored|wire.FlagInterrupted) != 0
 	c.interrupted = it.Flags&wire.FlagInterrupted != 0

@@ -48,6 +48,9 @@ type Conn struct {
 	durable bool                          // a crash of this process leaves it to the next owner
 	place   *ktls.Place                   // of the session's journal; nil: it has none
 
+	placeless atomic.Bool // there was no room for the session's journal
+	triedAt   uint32      // worker.roomy when a place was tried for last
+
 	since atomic.Uint32 // the worker's tick when Read began to wait, 0 when it does not
 
 	app         []byte

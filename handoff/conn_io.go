@@ -59,6 +59,9 @@ func (c *Conn) read(p []byte, waitOnly bool) (n int, err error) {
 		if err != nil {
 			return 0, err
 		}
+		if c.placeless.Load() {
+			c.placeLater(s)
+		}
 		c.since.Store(c.w.ticks.Load() | 1<<31)
 		if waitOnly {
 			err = s.WaitRead()

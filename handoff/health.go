@@ -30,7 +30,7 @@ func WithHealth(f func(ctx context.Context) error) Option {
 // ping answers a PING, after asking the program for its health.
 func (w *worker) ping(nonce uint64) {
 	pong := func(text string) {
-		w.send(&wire.Message{Type: wire.TypePong, Nonce: nonce, Text: wire.Clip(text)})
+		w.send(&wire.Message{Type: wire.TypePong, Nonce: nonce, Text: wire.Clip(text), Exposed: w.exposed})
 	}
 	if w.health == nil {
 		pong("")

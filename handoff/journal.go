@@ -33,7 +33,9 @@ func (w *worker) openArena(m *wire.Message) {
 }
 
 // journal begins the journal of a session. nil: it has none.
-func (w *worker) journal(id uint64, epoch wire.Epoch, t *ktls.Conn) *ktls.Place {
+func (w *worker) journal(c *Conn, epoch wire.Epoch, t *ktls.Conn) *ktls.Place {
+	id := c.id
+	c.placeless.Store(false)
 	if w.arena == nil || t.Layer() != ktls.LayerSoftware {
 		return nil
 	}
@@ -45,6 +47,7 @@ func (w *worker) journal(id uint64, epoch wire.Epoch, t *ktls.Conn) *ktls.Place 
 	}
 	switch {
 	case errors.Is(err, ktls.ErrArenaFull):
+		c.placeless.Store(true)
 		if !w.arenaFull.Swap(true) {
 			w.log.Warn("there is no room for more journals: sessions without one are lost if this worker crashes; raise crash_memory", "session", id)
 		}
@@ -63,7 +66,7 @@ func (c *Conn) rejournal(t *ktls.Conn) {
 	app := c.app
 	c.mu.Unlock()
 	k, durable := c.w.takeCommits(c.id, c.s.owner, t, app)
-	p := c.w.journal(c.id, c.s.owner, t)
+	p := c.w.journal(c, c.s.owner, t)
 	c.freePlace()
 	c.mu.Lock()
 	c.place, c.commits, c.durable = p, k, durable
@@ -80,6 +83,56 @@ func (c *Conn) freePlace() {
 		p.Free()
 	}
 	k.Free() // after the journal that counts with it
+}
+
+// placeLater gives a session a place in the arena that found none when it came. It is
+// called before a Read; with s nothing else may be under way.
+func (c *Conn) placeLater(s *ktls.Conn) {
+	roomy := c.w.roomy.Load()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if roomy == c.triedAt || c.tls != s || c.detached || c.dead != nil || c.place != nil || !c.placeless.Load() || !c.w.arena.HasPlace() {
+		return
+	}
+	c.triedAt = roomy
+	p, err := c.w.arena.Place(ktls.JournalKey{ID: c.id, Epoch: uint64(c.s.owner)}) // which never changes
+	if err != nil {
+		return
+	}
+	if err := s.TryJournal(p); err != nil {
+		p.Free() // another time
+		return
+	}
+	c.place = p
+	c.placeless.Store(false)
+}
+
+// isExposed says whether a crash of this process costs the session, or what it has
+// committed, although the pool wants it otherwise.
+func (c *Conn) isExposed() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.tls.Layer() == ktls.LayerSoftware && !c.place.Live() {
+		return true
+	}
+	return c.w.commit != commitNothing && !(c.durable && c.commits.Live())
+}
+
+// countExposed counts those sessions when there is any, and lets those that have no place
+// try again when there are places.
+func (w *worker) countExposed() {
+	w.exposed = 0
+	if w.arena == nil || w.arena.Lost() == 0 {
+		return
+	}
+	for _, s := range w.sessions {
+		if s.conn.isExposed() {
+			w.exposed++
+		}
+	}
+	if w.exposed > 0 && w.arena.HasPlace() {
+		w.roomy.Add(1)
+	}
 }
 
 // arenaTrim is how long a journal's memory is kept for the next session that needs some.

@@ -35,8 +35,10 @@ type worker struct {
 	out     *outbox
 	done    chan struct{} // closed when the loop has ended
 
-	arenaFull atomic.Bool // said once
-	private   lazyArena   // for commits without the supervisor's arena
+	arenaFull atomic.Bool   // said once
+	roomy     atomic.Uint32 // goes up when the arena has places for sessions without one
+	exposed   uint64        // sessions without one, when they were last counted; for the loop
+	private   lazyArena     // for commits without the supervisor's arena
 
 	ticks atomic.Uint32 // of the clock by which sessions get a rest
 
@@ -229,6 +231,7 @@ func (w *worker) loop(ctx context.Context, msgs <-chan *wire.Message, sig <-chan
 			w.stop(stopTime)
 		case <-trim.C:
 			w.trimArena()
+			w.countExposed()
 		case <-restTick:
 			w.restIdle()
 		case <-timer.C:

@@ -69,6 +69,13 @@ func (a *Arena) Place(key JournalKey) (*Place, error) {
 	return &Place{a: a, slot: i, m: a.mem[arenaHeader+i*slotSize:][:slotSize:slotSize], key: key}, nil
 }
 
+// HasPlace says whether Place would find one, at this moment.
+func (a *Arena) HasPlace() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.freeSlots) > 0 || a.nextSlot < a.slots
+}
+
 // Lost counts the sessions that went on without a journal because the arena was full.
 func (a *Arena) Lost() uint64 { return a.lost.Load() }
 

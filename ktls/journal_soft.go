@@ -244,6 +244,24 @@ func (c *Conn) Journal(p *Place) error {
 	defer c.rmu.Unlock()
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
+	return c.journalLocked(p)
+}
+
+// TryJournal is Journal for a session that is in use, between two Reads: when anything is
+// under way with the Conn it does nothing and returns ErrInUse.
+func (c *Conn) TryJournal(p *Place) error {
+	if !c.rmu.TryLock() {
+		return ErrInUse
+	}
+	defer c.rmu.Unlock()
+	if !c.wmu.TryLock() {
+		return ErrInUse
+	}
+	defer c.wmu.Unlock()
+	return c.journalLocked(p)
+}
+
+func (c *Conn) journalLocked(p *Place) error {
 	l, ok := c.layer.(*softLayer)
 	switch {
 	case c.closed.Load():

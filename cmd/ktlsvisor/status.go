@@ -80,10 +80,14 @@ func printStatus(w io.Writer, st *admin.Status) {
 
 // workerState is a worker's state, and what is wrong with it.
 func workerState(w admin.WorkerStatus) string {
-	if w.Unhealthy == "" {
-		return w.State
+	state := w.State
+	if w.Exposed > 0 {
+		state += fmt.Sprintf(", no room for crashes for %d", w.Exposed)
 	}
-	return w.State + ", not well: " + w.Unhealthy
+	if w.Unhealthy != "" {
+		state += ", not well: " + w.Unhealthy
+	}
+	return state
 }
 
 func kernelText(k admin.KernelStatus) string {

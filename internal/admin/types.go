@@ -67,6 +67,7 @@ type WorkerStatus struct {
 	Unhealthy  string `json:"unhealthy,omitempty"` // why it is not well: it says so, or it does not answer
 	Behind     bool   `json:"behind,omitempty"`    // it has not answered since it was told to go on with a session
 	CrashExact bool   `json:"crash_exact"`         // it keeps journals: its sessions in the software layer outlive it
+	Exposed    uint64 `json:"exposed,omitempty"`   // sessions for which there was no room (crash_memory): its crash is their end, or of what they committed
 }
 
 // SessionTotals counts live sessions by record layer, and those without an owner.

@@ -296,6 +296,7 @@ func (s *Supervisor) status() *admin.Status {
 			ws := admin.WorkerStatus{PID: w.pid, Generation: w.gen, State: w.state.String(), Sessions: len(w.Sessions)}
 			ws.Unhealthy, _ = w.unhealthy()
 			ws.CrashExact, ws.Behind = w.arena, p.cfg.Heartbeat > 0 && w.Behind()
+			ws.Exposed = min(w.beat.exposed, uint64(len(w.Sessions)))
 			if w.quarantine {
 				ps.Quarantine = &ws
 				continue

@@ -43,6 +43,8 @@ type heartbeat struct {
 	excess int           // PINGs minus PONGs
 	stale  int           // PONGs for earlier supervisors
 	sick   string        // what the worker says of its health; "": well
+
+	exposed uint64 // sessions without room in its arena, by its own word
 }
 
 // runTime measures the time in which this process ran.
@@ -126,6 +128,14 @@ func (s *Supervisor) onPong(w *worker, m *wire.Message) error {
 	}
 	b.open = false
 	w.Sure(b.told)
+	if (m.Exposed > 0) != (b.exposed > 0) {
+		if m.Exposed > 0 {
+			s.log.Warn("sessions found no room in a worker's memory for crashes: its crash would be their end, or of what they committed; raise crash_memory", "pool", w.pool.name, "pid", w.pid, "sessions", m.Exposed)
+		} else {
+			s.log.Info("there is room for all sessions in a worker's memory for crashes again", "pool", w.pool.name, "pid", w.pid)
+		}
+	}
+	b.exposed = m.Exposed
 	if sick := printable([]byte(m.Text)); sick != b.sick {
 		b.sick = sick
 		if sick != "" {

@@ -51,6 +51,7 @@ func samples() []*Message {
 		{Type: TypeStop, Millis: 10_000, Drain: true, Text: "upgrade"},
 		{Type: TypePing, Nonce: 5},
 		{Type: TypePong, Nonce: 5, Text: "no database"},
+		{Type: TypePong, Nonce: 6, Exposed: 3},
 		{Type: TypeKeyUpdate, Rekeys: []Rekey{{Ref: r, Count: 3, Request: true}}},
 		{Type: TypeRekeyed, Rekeys: []Rekey{{Ref: r, Count: 3}, {Ref: r, Count: 4, Failed: "no such key"}}},
 		{Type: TypeWantUpdate, Rekeys: []Rekey{{Ref: r, Request: true}}},

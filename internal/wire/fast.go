@@ -20,7 +20,7 @@ func appendMessage(b []byte, m *Message) ([]byte, bool) {
 		return b, false
 	}
 	if m.Hello != nil || m.Welcome != nil || len(m.Blobs) > 0 || len(m.Refused) > 0 || len(m.Closed) > 0 || len(m.Held) > 0 ||
-		m.Nonce != 0 || m.Text != "" || m.Millis != 0 || m.Drain || len(m.Rekeys) > 0 {
+		m.Nonce != 0 || m.Text != "" || m.Millis != 0 || m.Drain || len(m.Rekeys) > 0 || m.Exposed != 0 {
 		return b, false
 	}
 	pairs := uint64(1)

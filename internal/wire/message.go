@@ -320,6 +320,10 @@ type Message struct {
 	Drain   bool      `cbor:"14,keyasint,omitempty"` // STOP: leave when no session is left, end none
 	Rekeys  []Rekey   `cbor:"15,keyasint,omitempty"` // KEY_UPDATE REKEYED WANT_UPDATE PAUSE PAUSED SEND SENT CONTINUE UPDATE
 
+	// Exposed: PONG: how many of its sessions a crash of this worker would cost, or cost
+	// what they have committed, because there is no room for them in its arena.
+	Exposed uint64 `cbor:"16,keyasint,omitempty"`
+
 	// File is the memory file of MARKS, and of WELCOME with an arena: the message's one
 	// descriptor. The holder of the message owns it.
 	File int `cbor:"-"`
