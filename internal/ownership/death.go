@@ -34,13 +34,14 @@ func (m *Machine) Cut(w *Worker, read bool) {
 	// Members that it parked are held now; they need not wait for it to end.
 	for _, g := range m.groups {
 		if g.Home == w && g.hasHeld() {
-			g.Home = nil
+			g.rehome(w)
 		}
 	}
 	if unsure {
 		m.emit(Effect{Kind: Kill, Worker: w})
 	}
 	m.emit(Effect{Kind: Detached, Worker: w})
+	m.resumeWithheld(false)
 }
 
 func (g *Group) hasHeld() bool {
@@ -74,14 +75,16 @@ func (m *Machine) Dead(w *Worker) {
 	w.dead = true
 	for _, g := range m.groups {
 		if g.Home == w {
-			g.Home = nil
+			g.rehome(w)
 		}
 	}
 	for _, s := range sorted(w.Sessions) {
+		m.settleWithheld(s)
 		m.give(s, nil)
 		s.Doubt = true
 		m.emit(Effect{Kind: Settle, Session: s, Worker: w})
 	}
+	m.resumeWithheld(false)
 }
 
 // SettledHeld says that a session in doubt can go on: the driver has its record
@@ -93,8 +96,10 @@ func (m *Machine) SettledHeld(s *Session) {
 	s.Doubt = false
 	m.emit(Effect{Kind: Keep, Session: s})
 	m.emit(Effect{Kind: Put, Session: s})
-	if s.Group != nil && s.Group.Move != nil {
-		m.progress(s.Group.Move)
+	if g := s.Group; g != nil && g.Move != nil {
+		m.progress(g.Move)
+	} else if g != nil && g.Home != nil && !g.Home.Reachable() {
+		g.rehome(g.Home)
 	}
 }
 

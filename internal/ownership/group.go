@@ -22,7 +22,34 @@ func (m *Machine) leave(s *Session) {
 	}
 	s.Group = nil
 	delete(g.Members, s.ID)
+	if g.Move == nil && g.Home != nil && !g.hasOwnedBy(g.Home) {
+		g.rehome(g.Home)
+	}
 	m.dropEmpty(g)
+}
+
+// rehome finds a group whose home has none of it any more another one: whoever has some
+// of it, if it was split; else it is lost.
+func (g *Group) rehome(lost *Worker) {
+	for _, s := range sorted(g.Members) {
+		if w := s.Owner; w != nil && w != lost && w.Reachable() {
+			g.Home = w
+			return
+		}
+	}
+	g.Home = lost
+	if lost != nil && (lost.dead || g.hasHeld()) {
+		g.Home = nil
+	}
+}
+
+func (g *Group) hasOwnedBy(w *Worker) bool {
+	for _, s := range g.Members {
+		if s.Owner == w {
+			return true
+		}
+	}
+	return false
 }
 
 // dropEmpty forgets a group without members.
@@ -58,7 +85,7 @@ func (m *Machine) FreezeGroup(g *Group) *GroupMove {
 	}
 	list := make([]*Session, 0, len(g.Members))
 	for _, s := range sorted(g.Members) {
-		if s.Try != nil { // also one that is on its way to the home
+		if s.Try != nil || s.Withheld { // also one that is on its way to the home
 			return nil
 		}
 		if s.Owner == from {

@@ -17,6 +17,8 @@ const (
 // Machine is the ledger. It is not safe for concurrent use: one goroutine owns it.
 type Machine struct {
 	lookup      func(id uint64) *Session
+	before      func(id uint64) (owner uint64, epoch wire.Epoch)
+	withheld    map[uint64]*Session // see split.go
 	groups      map[GroupKey]*Group
 	tries       map[*Try]struct{}
 	moves       map[*GroupMove]struct{}
@@ -28,9 +30,11 @@ type Machine struct {
 
 // New makes an empty machine. incarnation is a number that no earlier machine over
 // the same sessions had, higher than theirs. lookup finds a session that was entered
-// with Admit or Restore and has not ended, nil for any other.
-func New(incarnation uint32, lookup func(id uint64) *Session) *Machine {
-	return &Machine{incarnation: incarnation, lookup: lookup,
+// with Admit or Restore and has not ended, nil for any other. before says what the Put
+// before the last one of such a session said: the owner, 0 for nobody or if that is not
+// known, and the epoch.
+func New(incarnation uint32, lookup func(id uint64) *Session, before func(id uint64) (owner uint64, epoch wire.Epoch)) *Machine {
+	return &Machine{incarnation: incarnation, lookup: lookup, before: before,
 		groups: map[GroupKey]*Group{}, tries: map[*Try]struct{}{}, moves: map[*GroupMove]struct{}{}}
 }
 
@@ -126,7 +130,7 @@ func (t *Try) group() *Group {
 // Freeze begins to move a session away from its owner. joins, unless nil, is the
 // group that it moves for. It returns nil if the session cannot be moved now.
 func (m *Machine) Freeze(s *Session, joins *GroupKey) *Try {
-	if s.Ended || s.Doubt || s.Try != nil || s.Owner == nil || !s.Owner.Usable() {
+	if s.Ended || s.Doubt || s.Try != nil || s.Owner == nil || !s.Owner.Usable() || s.Withheld {
 		return nil
 	}
 	t := m.begin(&Try{Session: s, From: s.Owner, Joins: joins, Step: Freezing})
@@ -199,10 +203,10 @@ func (m *Machine) Adopted(w *Worker, ref wire.Ref) Verdict {
 func (m *Machine) Joinable(t *Try, to *Worker) bool {
 	if t.Joins == nil {
 		g := t.Session.Group
-		return g == nil || g.Home == nil || g.Home == to
+		return g == nil || g.Home == nil || g.Home == to && g.Move == nil
 	}
 	g := m.groups[*t.Joins]
-	return g == nil || g.Home == to && g.Move == nil
+	return g == nil || g.Home == to && g.Move == nil && !m.Split(g)
 }
 
 // commit records the new owner. Only after it may RESUME be sent.
@@ -315,6 +319,7 @@ func (m *Machine) end(s *Session, e Effect) {
 		return
 	}
 	s.Ended, s.Doubt = true, false
+	m.settleWithheld(s)
 	if t := s.Try; t != nil {
 		if t.Step == Offered && t.To.Reachable() {
 			m.send(SendAbort, t.To, s, t.Epoch, nil, false)

@@ -48,7 +48,7 @@ func (w *world) step() {
 	case n < 15:
 		waiting := 0
 		for id, n := range w.nodes {
-			if n.Awaited && n.Reachable() && w.players[id].alive && w.said[n] == nil {
+			if n.Awaited && n.Reachable() && w.players[id].alive && w.said[n] == nil && id != w.slow {
 				waiting++
 			}
 		}
@@ -72,7 +72,7 @@ func (w *world) step() {
 	case n < 37:
 		w.join()
 	case n < 39:
-		if s, ok := pick(w, w.live, func(s *Session) bool { return s.Group != nil && s.Phase() == PhaseOwned }); ok {
+		if s, ok := pick(w, w.live, func(s *Session) bool { return s.Group != nil && s.Phase() == PhaseOwned && !s.Withheld }); ok {
 			w.note("session %d leaves its group", s.ID)
 			w.m.Leave(s)
 			w.run()
@@ -129,7 +129,9 @@ func (w *world) freezeGroup() {
 
 // join brings a session into a group: at its home, as its first member, or by a move.
 func (w *world) join() {
-	s, ok := pick(w, w.live, func(s *Session) bool { return s.Group == nil && s.Phase() == PhaseOwned && s.Owner.Usable() })
+	s, ok := pick(w, w.live, func(s *Session) bool {
+		return s.Group == nil && s.Phase() == PhaseOwned && s.Owner.Usable() && !s.Withheld
+	})
 	if !ok || w.recovering {
 		return
 	}
@@ -137,6 +139,7 @@ func (w *world) join() {
 	g := w.m.Groups()[key]
 	w.note("session %d joins %s", s.ID, key.Name)
 	switch {
+	case g != nil && w.m.Split(g):
 	case g == nil || g.Home == s.Owner && g.Move == nil:
 		w.m.Join(s, key)
 	case g.Move == nil && g.Home != nil && g.Home.Usable():
@@ -165,7 +168,7 @@ func (w *world) proceed() bool {
 		if p.eof && len(p.out) == 0 && w.nodes[id].Reachable() {
 			can = append(can, func() { w.m.Cut(w.nodes[p.id], true); w.run() })
 		}
-		if len(p.in) > 0 && !p.eof {
+		if len(p.in) > 0 && !p.eof && p.id != w.slow {
 			can = append(can, func() { w.toWorker(p) })
 		}
 		for _, sid := range sortedKeys(p.have) {
@@ -240,7 +243,7 @@ func (w *world) settleDown() {
 	}
 	for _, g := range w.m.Groups() {
 		for id, s := range g.Members {
-			if s.Owner != nil && s.Owner.Usable() && s.Owner != g.Home && !w.late {
+			if s.Owner != nil && s.Owner.Usable() && s.Owner != g.Home {
 				w.fail("session %d of group %s is with worker %d, and the group with %+v", id, g.Key.Name, s.Owner.ID, g.Home)
 			}
 		}

@@ -15,7 +15,10 @@ type row struct {
 	owner uint64
 	epoch wire.Epoch
 	group *GroupKey
-	kept  int // record state; -1: void
+	// What the Put before the last one said.
+	ownerBefore uint64
+	epochBefore wire.Epoch
+	kept        int // record state; -1: void
 }
 
 type client struct {
@@ -46,11 +49,12 @@ type world struct {
 	said       map[*Worker][]wire.Held
 	crashIn    int // effects until the supervisor dies; -1: it does not
 	crashed    bool
-	late       bool // an inventory came after the wait for it
+	slow       uint64 // a worker that says what it has after the wait for it
 	highest    map[uint64]wire.Epoch
 	frozen     map[uint64]wire.Epoch
 	log        []string
 	quiet      bool // no more failures
+	splitIn    int  // commits of group members until the supervisor dies; 0: it does not
 }
 
 func (w *world) fail(format string, args ...any) {
@@ -65,6 +69,14 @@ func (w *world) fail(format string, args ...any) {
 func (w *world) note(format string, args ...any) { w.log = append(w.log, fmt.Sprintf(format, args...)) }
 
 func (w *world) find(id uint64) *Session { return w.live[id] }
+
+func (w *world) before(id uint64) (uint64, wire.Epoch) {
+	r := w.rows[id]
+	if r == nil {
+		return 0, 0
+	}
+	return r.ownerBefore, r.epochBefore
+}
 
 func (w *world) chance(n int) bool {
 	return !w.quiet && w.choose(n) == n-1
@@ -151,6 +163,11 @@ func (w *world) run() {
 		if e.Kind == Put && e.Session.Group != nil && w.crashIn < 0 && w.chance(12) {
 			w.crashIn = 0 // in the middle of a group's commit
 		}
+		if t := e.Try; w.splitIn > 0 && e.Kind == Put && e.Session.Group != nil && t != nil && t.From != nil && t.Joins == nil {
+			if w.splitIn--; w.splitIn == 0 {
+				w.splitIn, w.crashIn = 1, 0
+			}
+		}
 	}
 }
 
@@ -169,6 +186,7 @@ func (w *world) do(e Effect) {
 		if e.Session.Epoch < r.epoch && e.From == nil {
 			w.fail("the epoch of session %d falls from %x to %x", id, r.epoch, e.Session.Epoch)
 		}
+		r.ownerBefore, r.epochBefore = r.owner, r.epoch
 		r.owner, r.epoch, r.group = 0, e.Session.Epoch, nil
 		if o := e.Session.Owner; o != nil {
 			r.owner = o.ID
@@ -248,8 +266,12 @@ func (w *world) crash() {
 		p.pending = nil
 	}
 	w.live = map[uint64]*Session{}
-	w.m = New(w.inc, w.find)
-	w.recovering = true
+	w.m = New(w.inc, w.find, w.before)
+	w.recovering, w.slow, w.quiet = true, 0, false
+	if p, ok := pick(w, w.players, func(p *player) bool { return p.alive && !p.eof }); ok && (w.chance(6) || w.splitIn == 1 && w.choose(2) == 0) {
+		w.slow = p.id
+	}
+	w.splitIn = 0
 	w.nodes = map[uint64]*Worker{}
 	for _, pid := range sortedKeys(w.players) {
 		p := w.players[pid]
@@ -284,7 +306,7 @@ func (w *world) recovered() {
 		return
 	}
 	w.note("recovered, %d workers said what they have", len(w.said))
-	w.recovering = false
+	w.recovering, w.slow = false, 0
 	said := w.said
 	w.said = nil
 	w.m.Reconcile(said)
@@ -334,7 +356,6 @@ func (w *world) fromWorker(p *player) {
 		case w.recovering:
 			w.said[n] = append([]wire.Held{}, k.held...)
 		default:
-			w.late = true
 			w.m.Reconcile(map[*Worker][]wire.Held{n: k.held})
 		}
 	}
@@ -442,7 +463,7 @@ func newWorld(t *rapid.T) *world {
 	w := &world{t: t, inc: 1, live: map[uint64]*Session{}, rows: map[uint64]*row{}, clients: map[uint64]*client{}, players: map[uint64]*player{},
 		nodes: map[uint64]*Worker{}, cargo: map[uint64]int{}, crashIn: -1, highest: map[uint64]wire.Epoch{},
 		frozen: map[uint64]wire.Epoch{}}
-	w.m = New(1, w.find)
+	w.m = New(1, w.find, w.before)
 	w.newWorker()
 	w.newWorker()
 	return w

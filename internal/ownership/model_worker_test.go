@@ -220,7 +220,25 @@ func (p *player) inventory(nonce uint32) {
 	for _, id := range sortedKeys(p.tombs) {
 		k.held = append(k.held, p.tombs[id])
 	}
+	if p.world.chance(4) {
+		p.lie(&k)
+	}
 	p.send(k)
+}
+
+// lie says that it has parked what others own, in attempts as they may have been.
+func (p *player) lie(k *packet) {
+	for _, id := range sortedKeys(p.world.rows) {
+		r := p.world.rows[id]
+		if r.owner == p.id || p.have[id] != nil || r.ownerBefore == p.id {
+			continue // that could be true
+		}
+		h := wire.Held{Ref: wire.Ref{ID: id, Epoch: r.epochBefore}, Phase: wire.PhaseParked, Attempt: r.epoch}
+		if r.group != nil {
+			h.Group = r.group.Name
+		}
+		k.held = append(k.held, h)
+	}
 }
 
 // channelEnded: nobody will come any more.

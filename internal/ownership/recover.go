@@ -31,40 +31,7 @@ func (m *Machine) Reconcile(said map[*Worker][]wire.Held) {
 	for _, w := range workers {
 		m.reconcile(w, held[w])
 	}
-}
-
-// undoSplit finds groups of which an earlier machine had committed some members and
-// not all. Then it had sent RESUME for none of them, so those at the new worker go back
-// to the old one, which still has them parked.
-func (m *Machine) undoSplit(workers []*Worker, held map[*Worker]map[uint64]wire.Held) {
-	for _, w := range workers {
-		for id, h := range held[w] {
-			s := m.lookup(id)
-			if s == nil || s.Group == nil || s.Owner != w || h.Phase != wire.PhaseAdopted || h.Epoch != s.Epoch {
-				continue
-			}
-			for _, old := range workers {
-				p, ok := held[old][id]
-				if old == w || !ok || p.Phase != wire.PhaseParked || !s.Group.hasOwnedBy(old) {
-					continue
-				}
-				m.give(s, old)
-				s.Epoch = p.Epoch
-				s.Group.Home = old
-				m.emit(Effect{Kind: Put, Session: s, From: w})
-				break
-			}
-		}
-	}
-}
-
-func (g *Group) hasOwnedBy(w *Worker) bool {
-	for _, s := range g.Members {
-		if s.Owner == w {
-			return true
-		}
-	}
-	return false
+	m.resumeWithheld(false)
 }
 
 func (m *Machine) reconcile(w *Worker, held map[uint64]wire.Held) {
@@ -93,6 +60,10 @@ func (m *Machine) reconcile(w *Worker, held map[uint64]wire.Held) {
 			say(SendClosedAck, ref)
 		case wire.PhaseAdopted:
 			if mine && h.Epoch == s.Epoch {
+				if m.splitFrom(s) != nil {
+					m.withhold(s)
+					continue
+				}
 				m.emit(Effect{Kind: Void, Session: s}) // the earlier machine may not have come so far
 			}
 			switch {

@@ -51,6 +51,11 @@ func (w *Worker) unsure(read bool) bool {
 	if w.Awaited {
 		return true
 	}
+	for _, s := range w.Sessions {
+		if s.Withheld { // it has forgotten it
+			return true
+		}
+	}
 	if read && w.told == w.sure {
 		return false
 	}
@@ -69,15 +74,16 @@ func (w *Worker) goOn(s *Session) {
 
 // Session is one row of the ledger. The fields are for reading; events change them.
 type Session struct {
-	ID    uint64
-	Owner *Worker    // nil: nobody
-	Epoch wire.Epoch // of the ownership
-	Try   *Try       // the attempt under way to give it another owner
-	Group *Group     // nil: none
-	Doubt bool       // its owner was seen dead; how far it came is being found out
-	Ended bool
-	X     any    // the driver's
-	told  uint32 // the last order to its owner to go on with it
+	ID       uint64
+	Owner    *Worker    // nil: nobody
+	Epoch    wire.Epoch // of the ownership
+	Try      *Try       // the attempt under way to give it another owner
+	Group    *Group     // nil: none
+	Doubt    bool       // its owner was seen dead; how far it came is being found out
+	Ended    bool
+	Withheld bool   // not to be served by its owner yet; see split.go
+	X        any    // the driver's
+	told     uint32 // the last order to its owner to go on with it
 }
 
 // Step is how far an attempt has come.

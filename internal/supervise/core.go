@@ -81,8 +81,9 @@ type Supervisor struct {
 	idle         []func()          // called when nothing is under way
 	unanswered   map[uint64]func() // by session: the last question that came while quiescing
 	recovery     *recovery
-	waitingReady func() // first start: called when every pool has a worker
-	allDead      func() // stop: called when no worker is left
+	splitsUntil  time.Time // sessions of split groups wait until then; zero: none does
+	waitingReady func()    // first start: called when every pool has a worker
+	allDead      func()    // stop: called when no worker is left
 
 	// Set before run starts, or safe for concurrent use.
 	front         *front
@@ -225,6 +226,7 @@ func (s *Supervisor) onTick(now time.Time) {
 	}
 	s.beat(now)
 	s.wakeLater()
+	s.endSplits(now)
 	s.watchWards(now)
 	s.sweepSockets(now)
 	for a := range s.m.Tries() {

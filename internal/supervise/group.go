@@ -26,7 +26,7 @@ func (s *Supervisor) onGroup(w *worker, m *wire.Message) error {
 	if ss == nil || ss.Owner != &w.Worker {
 		return fmt.Errorf("%w: GROUP for session %s, which it does not own", wire.ErrProtocol, sid(ref.ID))
 	}
-	if ss.Epoch != ref.Epoch || ss.Try != nil {
+	if ss.Epoch != ref.Epoch || ss.Try != nil || ss.Withheld {
 		return nil // it is on its way elsewhere, and asks again there
 	}
 	if s.quiescing {
@@ -66,7 +66,7 @@ func (s *Supervisor) tryJoin(ss *session, name string) {
 		home = workerOf(g.Home)
 	}
 	switch {
-	case g == nil || home == w && g.Move == nil:
+	case g == nil || home == w && g.Move == nil && !s.m.Split(g):
 		if ss.more != nil {
 			ss.more.joinFails = 0
 			ss.slim()
@@ -78,7 +78,7 @@ func (s *Supervisor) tryJoin(ss *session, name string) {
 		s.grouped(ss, name, "")
 	case home != nil && home.state == workerDetached:
 		s.grouped(ss, name, "the worker that has the group cannot be reached any more")
-	case !atRest(g) || !w.Usable():
+	case !s.atRest(g) || !w.Usable():
 		s.waitFor(ss, name)
 	case ss.rare().joinFails >= 3:
 		ss.edit().joinFails = 0
@@ -89,9 +89,9 @@ func (s *Supervisor) tryJoin(ss *session, name string) {
 }
 
 // atRest says whether others can be moved to a group.
-func atRest(g *ownership.Group) bool {
+func (s *Supervisor) atRest(g *ownership.Group) bool {
 	home := workerOf(g.Home)
-	return g.Move == nil && home != nil && home.state == workerReady && home.usable()
+	return g.Move == nil && !s.m.Split(g) && home != nil && home.state == workerReady && home.usable()
 }
 
 // joinable says whether an attempt that brings a session to the group it wants to join
@@ -161,10 +161,23 @@ func (s *Supervisor) wakeLater() {
 	}
 	for k := range s.waiters {
 		g := s.m.Groups()[k]
-		if g == nil || atRest(g) || g.Home != nil && workerOf(g.Home).state == workerDetached {
+		if g == nil || s.atRest(g) || g.Home != nil && workerOf(g.Home).state == workerDetached {
 			s.awake = append(s.awake, k)
 		}
 	}
+}
+
+// freezeStray moves a member that is not at its group's home, as after a move that was
+// committed in part, to it. It says whether it is one.
+func (s *Supervisor) freezeStray(w *worker, ss *session) bool {
+	g := ss.Group
+	if g.Home == nil || g.Home == &w.Worker {
+		return false
+	}
+	if s.atRest(g) {
+		s.freezeOne(w, ss, workerOf(g.Home), &g.Key)
+	}
+	return true
 }
 
 // freezeGroup begins to move a group away from its home; it returns the number of

@@ -21,6 +21,7 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
 	"github.com/ktlsvisor/ktlsvisor/internal/ownership"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
 
 // ConfigName is the name of the keeper's blob with the configuration, as
@@ -84,6 +85,16 @@ func (s *Supervisor) leads(incarnation uint32) {
 			return &ss.Session
 		}
 		return nil
+	}, func(id uint64) (uint64, wire.Epoch) {
+		ss := s.sessions[id]
+		if ss == nil {
+			return 0, 0
+		}
+		b, ok := s.led.before(int(ss.slot))
+		if !ok || b.ID != id || b.Phase != slotOwned {
+			return 0, 0
+		}
+		return b.Owner, b.Epoch
 	})
 }
 

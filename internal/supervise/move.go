@@ -74,7 +74,11 @@ func (s *Supervisor) emptyRetiring(p *pool) {
 				continue
 			}
 			if g := ss.Group; g != nil {
-				room -= s.freezeGroup(g)
+				if s.freezeStray(w, ss) {
+					room--
+				} else {
+					room -= s.freezeGroup(g)
+				}
 				continue
 			}
 			list = append(list, ss)

@@ -316,6 +316,25 @@ func (s *Supervisor) inventoryDone() {
 	s.endRecovery()
 }
 
+// splitTimeout is how long members of a group, of which a dead supervisor had committed
+// some and not all to a new home, wait for the old one to say what it has. Usually it is
+// heard, or dead, long before.
+const splitTimeout = 30 * time.Second
+
+// endSplits bounds that wait.
+func (s *Supervisor) endSplits(now time.Time) {
+	switch n := s.m.Waiting(); {
+	case n == 0:
+		s.splitsUntil = time.Time{}
+	case s.splitsUntil.IsZero():
+		s.splitsUntil = now.Add(splitTimeout)
+		s.log.Warn("sessions wait, because their groups were on the move when the last supervisor died, and the old worker does not say what it has", "sessions", n)
+	case now.After(s.splitsUntil):
+		s.log.Error("groups go on in two workers, because the old one does not say what it has", "sessions", n)
+		s.m.ResumeWithheld()
+	}
+}
+
 func (s *Supervisor) recoveryTimedOut() {
 	for _, w := range s.workers {
 		if w.inventory != nil && !w.inventory.last {

@@ -1,0 +1,145 @@
+package ownership
+
+import (
+	"maps"
+	"slices"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/wire"
+)
+
+// A group is split when an earlier machine died after it had committed some members of a
+// move and not all. Then it had sent RESUME for none of them, so those at the new worker go
+// back to the old one, which still has them parked:
+//
+//	old: x parked, y parked     ledger: x is new's, before that old's; y is old's
+//	new: x adopted, y adopted
+//
+// That x was old's is the ledger's to say, and not a worker's: a worker may have parked x
+// long ago, in an attempt that came to its end while it was not heard, or may lie. Of old
+// is believed that it still has x of that very attempt. While it has not said so, x is
+// withheld: new does not go on with it, and nobody joins the group.
+
+// undoSplit gives back what was committed of moves that were not committed whole.
+func (m *Machine) undoSplit(workers []*Worker, held map[*Worker]map[uint64]wire.Held) {
+	for _, old := range workers {
+		for _, id := range slices.Sorted(maps.Keys(held[old])) {
+			p, s := held[old][id], m.lookup(id)
+			if p.Phase != wire.PhaseParked || s == nil || s.Group == nil || s.Owner == nil || s.Owner == old || s.Try != nil || p.Attempt != s.Epoch {
+				continue
+			}
+			if owner, epoch := m.before(id); owner != old.ID || epoch != p.Epoch || !s.Group.parkedAt(old, held[old]) {
+				continue
+			}
+			w := s.Owner
+			if list, now := held[w]; now {
+				if h := list[id]; h.Phase != wire.PhaseAdopted || h.Epoch != s.Epoch {
+					continue
+				}
+			} else if !w.Awaited && !s.Withheld {
+				continue // it goes on with it
+			}
+			if s.Withheld && w.Reachable() { // what it says was handled
+				m.send(SendAbort, w, s, s.Epoch, nil, false)
+			}
+			m.settleWithheld(s)
+			m.give(s, old)
+			s.Epoch = p.Epoch
+			s.Group.Home = old
+			m.emit(Effect{Kind: Put, Session: s, From: w})
+		}
+	}
+}
+
+// parkedAt says whether a worker owns members of a group and has them parked.
+func (g *Group) parkedAt(w *Worker, held map[uint64]wire.Held) bool {
+	for id, s := range g.Members {
+		if s.Owner == w && held[id].Phase == wire.PhaseParked {
+			return true
+		}
+	}
+	return false
+}
+
+// splitFrom is the worker that has not yet said what it has of a group, of which it may
+// have to get a member back; nil if there is none.
+func (m *Machine) splitFrom(s *Session) *Worker {
+	if s.Group == nil {
+		return nil
+	}
+	owner, _ := m.before(s.ID)
+	if owner == 0 || s.Owner != nil && owner == s.Owner.ID {
+		return nil
+	}
+	for _, o := range s.Group.Members {
+		if w := o.Owner; w != nil && w.ID == owner && w.Awaited && w.Reachable() {
+			return w
+		}
+	}
+	return nil
+}
+
+func (m *Machine) withhold(s *Session) {
+	s.Withheld = true
+	if m.withheld == nil {
+		m.withheld = map[uint64]*Session{}
+	}
+	m.withheld[s.ID] = s
+}
+
+func (m *Machine) settleWithheld(s *Session) {
+	if s.Withheld {
+		s.Withheld = false
+		delete(m.withheld, s.ID)
+	}
+}
+
+// Waiting counts the sessions that are withheld.
+func (m *Machine) Waiting() int { return len(m.withheld) }
+
+// Split says whether members of a group are withheld.
+func (m *Machine) Split(g *Group) bool {
+	for _, s := range m.withheld {
+		if s.Group == g {
+			return true
+		}
+	}
+	return false
+}
+
+// ResumeWithheld no longer waits for workers that do not say what they have: what is
+// withheld goes on where it is, and the rest of its group where that is.
+func (m *Machine) ResumeWithheld() { m.resumeWithheld(true) }
+
+func (m *Machine) resumeWithheld(all bool) {
+	if len(m.withheld) == 0 {
+		return
+	}
+	resume := map[*Worker]map[GroupKey][]wire.Ref{}
+	var workers []*Worker
+	for _, s := range sorted(m.withheld) {
+		if !all && m.splitFrom(s) != nil {
+			continue
+		}
+		m.settleWithheld(s)
+		w := s.Owner
+		if w == nil || !w.Reachable() {
+			continue // its death decides
+		}
+		m.emit(Effect{Kind: Put, Session: s}) // from here on the ledger does not say that it could go back
+		m.emit(Effect{Kind: Void, Session: s})
+		ref := wire.Ref{ID: s.ID, Epoch: s.Epoch}
+		if s.Group == nil {
+			w.goOn(s)
+			m.emit(Effect{Kind: SendResume, Worker: w, Session: s, Ref: ref})
+			continue
+		}
+		if resume[w] == nil {
+			resume[w] = map[GroupKey][]wire.Ref{}
+			workers = append(workers, w)
+		}
+		resume[w][s.Group.Key] = append(resume[w][s.Group.Key], ref)
+	}
+	for _, w := range workers {
+		m.sendAll(SendResume, w, resume[w])
+	}
+}
