@@ -1,6 +1,7 @@
 package handoff
 
 import (
+	"context"
 	"testing"
 	"time"
 
@@ -8,6 +9,42 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
+
+// When the time of stopping is over, a session that could not be closed keeps its place:
+// its Conn may still write there.
+func TestForcedStopSharesNoPlace(t *testing.T) {
+	const size = 1 << 20
+	fd, err := sys.SharedMemfd("arena", size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mem, err := sys.MapShared(fd, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = sys.Unmap(mem) })
+	if err := ktls.FormatArena(mem, 1); err != nil {
+		t.Fatal(err)
+	}
+	release := make(chan struct{})
+	p := startRaw(t, func(context.Context, *Conn) error { <-release; return nil })
+	p.expect(wire.TypeHello)
+	p.send(&wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: 1, Worker: 1, Pool: "test", FreezeTimeout: 5000, Arena: size}, File: fd})
+	sys.CloseAll([]int{fd})
+	p.expect(wire.TypeReady)
+	s := software(t)
+	p.give(s)
+	p.w.in.post(func() {
+		p.w.stopping, p.w.forced = true, true // and closing it has come to nothing
+		p.w.stopNow()
+	})
+	p.expectClosed(s, wire.ReasonOperator)
+	if j, err := ktls.OpenJournals(mem); err != nil || j.Len() != 1 || p.w.arena.HasPlace() {
+		t.Errorf("%d journals, %v: the place of a session that is in use was given back", j.Len(), err)
+	}
+	close(release)
+	_ = p.result()
+}
 
 // A session that found no place in the arena is counted, and gets one when another has
 // left, without a move.

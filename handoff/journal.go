@@ -85,6 +85,14 @@ func (c *Conn) freePlace() {
 	k.Free() // after the journal that counts with it
 }
 
+// leavePlace is freePlace for a session that may still be on its Conn, when this process
+// is about to end: what is written there disturbs nobody.
+func (c *Conn) leavePlace() {
+	c.mu.Lock()
+	c.place, c.commits = nil, nil
+	c.mu.Unlock()
+}
+
 // placeLater gives a session a place in the arena that found none when it came. It is
 // called before a Read; with s nothing else may be under way.
 func (c *Conn) placeLater(s *ktls.Conn) {

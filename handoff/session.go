@@ -388,6 +388,7 @@ func (w *worker) stopNow() {
 	if w.forced {
 		w.deadline = time.Time{}
 		for _, s := range w.snapshot() {
+			s.conn.leavePlace() // it may still be in use: nobody else is to get it
 			w.closed(s, wire.ReasonOperator, errors.New("the worker stopped before the session was closed"))
 		}
 		return
