@@ -128,7 +128,8 @@ func (s *Supervisor) recoverWorker(e *keeper.Entry) error {
 			s.log.Error("the channel of a worker cannot be used", "pid", w.pid, "error", err)
 		}
 	}
-	if w.state == workerReady && w.gen != p.serving {
+	w.leaving = meta.Leaving
+	if w.state == workerReady && (w.gen != p.serving || w.leaving) {
 		w.state = workerRetiring
 	}
 	s.recoverWard(w)

@@ -64,6 +64,7 @@ func (s *Supervisor) retireSurplus(op *operation) {
 			continue
 		}
 		w.state = workerRetiring
+		s.setLeaving(w, true)
 	}
 	op.say("pool %s: %d workers are to go, moving %d sessions", p.name, len(surplus), n)
 }
@@ -96,6 +97,7 @@ func (s *Supervisor) dropSurplus(p *pool) {
 	for _, w := range p.surplus() {
 		s.log.Info("worker is more than the pool is to have; its sessions move away", "pool", p.name, "pid", w.pid)
 		w.state = workerRetiring
+		s.setLeaving(w, true)
 	}
 }
 
@@ -104,12 +106,28 @@ func (s *Supervisor) beginDrain(w *worker, wait time.Duration, progress func(adm
 	p := w.pool
 	op := s.newTask(opDrain, p, wait, progress, finished)
 	op.leaving[w] = true
+	s.setLeaving(w, true)
 	if w.gen != p.serving || w.state == workerRetiring {
 		s.retireDrained(op)
 		return
 	}
 	op.say("pool %s: starting a worker in the place of pid %d", p.name, w.pid)
 	s.fill(p)
+}
+
+// setLeaving notes that a worker is to go, or is not, for the next supervisor as well: one
+// that is drained, or too many, gets no sessions again, also when it takes long.
+func (s *Supervisor) setLeaving(w *worker, leaving bool) {
+	if w.leaving == leaving {
+		return
+	}
+	w.leaving = leaving
+	if w.ch == nil {
+		return
+	}
+	if err := s.keepChannel(w); err != nil {
+		s.log.Warn("the next supervisor would not know whether a worker is to go", "pid", w.pid, "error", err)
+	}
 }
 
 // drainable says why a worker cannot be drained, or nil.
@@ -162,6 +180,7 @@ func (s *Supervisor) failTask(op *operation, err error) {
 	s.log.Error("operation fails; the pool goes back", "pool", p.name, "operation", op.kind.String(), "workers", op.before, "error", err)
 	op.say("pool %s: %v; the pool stays at %d workers", p.name, err, op.before)
 	for w := range op.leaving {
+		s.setLeaving(w, false)
 		if w.state == workerRetiring && w.gen == p.serving {
 			w.state = workerReady
 		}

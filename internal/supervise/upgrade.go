@@ -100,6 +100,7 @@ func (s *Supervisor) serve(p *pool, gen uint32, command []string) {
 		switch {
 		case w.gen == gen && w.state == workerRetiring && w.quarantine && p.ward.worker != w:
 			// It is the quarantine no more, and is emptied like any that is to go.
+		case w.gen == gen && w.state == workerRetiring && w.leaving: // whatever its program
 		case w.gen == gen && w.state == workerRetiring:
 			w.state = workerReady
 		case w.gen != gen && w.state == workerReady:

@@ -58,6 +58,7 @@ type workerMeta struct {
 	Able       wire.Abilities `cbor:"16,keyasint,omitempty"`
 	Quarantine bool           `cbor:"17,keyasint,omitempty"`
 	Bare       bool           `cbor:"18,keyasint,omitempty"`
+	Leaving    bool           `cbor:"19,keyasint,omitempty"`
 }
 
 // worker is one worker process. Only the ledger's goroutine touches it, except
@@ -101,6 +102,7 @@ type worker struct {
 	marks      *marks         // what it says it is handling; nil: it does not say
 	quarantine bool           // takes suspects only; see poison.go
 	bare       bool           // the keeper has no duplicates of its sockets; see bare.go
+	leaving    bool           // it is to go, by an operator's word; see scale.go
 
 	waitingStates int // bytes of its checkpoints that wait to be written
 }
@@ -150,8 +152,8 @@ func (s *Supervisor) retainWorker(w *worker, chFD int, then func(error)) error {
 		fds = append(fds, chFD)
 	}
 	meta, err := cbor.Marshal(workerMeta{PID: w.pid, Pool: w.pool.name, Gen: w.gen,
-		Ready: w.state == workerReady, Schemas: w.schemas, Command: w.command, Detached: chFD < 0, Rekeys: w.rekeys, Doubtful: w.doubtful,
-		Able: w.able, Quarantine: w.quarantine, Bare: w.bare})
+		Ready: w.state == workerReady || w.state == workerRetiring, Schemas: w.schemas, Command: w.command, Detached: chFD < 0, Rekeys: w.rekeys, Doubtful: w.doubtful,
+		Able: w.able, Quarantine: w.quarantine, Bare: w.bare, Leaving: w.leaving})
 	if err != nil {
 		sys.CloseAll(fds)
 		return err
