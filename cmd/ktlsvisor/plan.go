@@ -39,6 +39,7 @@ func printPlan(w io.Writer, plan *admin.UpgradePlan) {
 			strconv.Itoa(p.AfterDrain), strconv.Itoa(p.Never), strconv.Itoa(p.Groups), fmt.Sprintf("%.2f s", p.EstimateSecs)})
 	}
 	table(w, rows)
+	probed := false
 	for _, p := range plan.Pools {
 		name := clean(p.Pool)
 		for _, r := range p.Reasons {
@@ -50,6 +51,10 @@ func printPlan(w io.Writer, plan *admin.UpgradePlan) {
 				clean(r.Why), clean(strings.Join(r.Examples, " ")), more)
 		}
 		fmt.Fprintf(w, "pool %s: program %s; estimate: %s\n", name, clean(strings.Join(p.Command, " ")), clean(p.EstimateFrom))
+		if p.Probed {
+			fmt.Fprintf(w, "pool %s: the new program was asked: %s\n", name, probeWord(&p))
+		}
+		probed = probed || p.Probed
 		for _, n := range p.NotChecked {
 			fmt.Fprintf(w, "pool %s: not checked: %s\n", name, clean(n))
 		}
@@ -57,14 +62,29 @@ func printPlan(w io.Writer, plan *admin.UpgradePlan) {
 			fmt.Fprintf(w, "pool %s: would be refused: %s\n", name, clean(p.Error))
 		}
 	}
+	started := "Nothing was started. "
+	if probed {
+		started = "Nothing was moved. "
+	}
 	switch plan.Outcome {
 	case admin.OutcomeMoved:
-		fmt.Fprintln(w, "Nothing was started. Every session could move now.")
+		fmt.Fprintln(w, started+"Every session could move now.")
 	case admin.OutcomeStay:
-		fmt.Fprintln(w, "Nothing was started. Some sessions would stay with the old generation for now.")
+		fmt.Fprintln(w, started+"Some sessions would stay with the old generation for now.")
 	default:
-		fmt.Fprintln(w, "Nothing was started. The upgrade would be refused.")
+		fmt.Fprintln(w, started+"The upgrade would be refused.")
 	}
+}
+
+// probeWord says what came of the question.
+func probeWord(p *admin.PoolPlan) string {
+	switch {
+	case p.OneWay != "":
+		return clean(p.OneWay)
+	case p.Error != "":
+		return "it cannot take over"
+	}
+	return "it restores what the old one writes, and the old one what it writes"
 }
 
 // abort is upgrade --abort.

@@ -53,8 +53,9 @@ with an error than the old one, everything goes back to the old generation. With
 --probation the old generation is kept for that long after everything has moved, and
 gets it back when a new worker dies or says that it is not well.
 
---dry-run says what would happen to the live sessions, and starts nothing. --abort takes
-back what is under way, and ends when it is back.
+--dry-run says what would happen to the live sessions, and starts nothing; with --probe
+one worker of the new program, which gets no session and is ended when it has said which
+states it restores. --abort takes back what is under way, and ends when it is back.
 
 With --supervisor the ktlsvisor supervisor itself is replaced by the program that
 is now at its path; workers and sessions are not touched.
@@ -66,6 +67,7 @@ Once started, an upgrade goes on even when this command is interrupted.
   ktlsvisor upgrade chat --command ./chat-v2 --wait 1m
   ktlsvisor upgrade --canary 5 --soak 1m --probation 30s
   ktlsvisor upgrade --dry-run
+  ktlsvisor upgrade chat --command ./chat-v2 --dry-run --probe
   ktlsvisor upgrade --abort
   ktlsvisor upgrade --supervisor
   ktlsvisor upgrade --json | jq '.pools[].moved'`,
@@ -97,6 +99,7 @@ Once started, an upgrade goes on even when this command is interrupted.
 	f.BoolVar(&u.req.NoReturn, "no-return", false, "allow a canary or a probation although the old program cannot restore the new one's state")
 	f.BoolVar(&u.req.Queue, "queue", false, "wait for what is under way, instead of being refused")
 	f.BoolVar(&u.dryRun, "dry-run", false, "say what would happen, and start nothing")
+	f.BoolVar(&u.req.Probe, "probe", false, "with --dry-run: start one worker of the new program, ask it which states it restores, and end it")
 	f.BoolVar(&u.abort, "abort", false, "take back what is under way")
 	f.BoolVar(&u.asJSON, "json", false, "answer in JSON")
 	return cmd
@@ -105,12 +108,14 @@ Once started, an upgrade goes on even when this command is interrupted.
 // check finds what does not go together, and completes the request.
 func (u *upgradeFlags) check(cmd *cobra.Command, args []string) error {
 	given := func(names ...string) bool { return slices.ContainsFunc(names, cmd.Flags().Changed) }
-	options := []string{"command", "wait", "canary", "soak", "probation", "no-return", "queue", "dry-run"}
+	options := []string{"command", "wait", "canary", "soak", "probation", "no-return", "queue", "dry-run", "probe"}
 	switch {
 	case u.supervisor && (len(args) > 0 || u.abort || given(options...)):
 		return usagef("--supervisor goes with neither a pool nor any option but --json")
 	case u.abort && given(options...):
 		return usagef("--abort goes with no option but --json")
+	case u.req.Probe && !u.dryRun:
+		return usagef("--probe goes with --dry-run: an upgrade always asks the new program before anything moves")
 	case u.req.Wait <= 0:
 		return usagef("--wait %s is not positive: say how long to ask sessions again, or leave it out for %s", u.req.Wait, defaultWait)
 	case given("soak") && !given("canary"):

@@ -109,7 +109,11 @@ type PoolPlan struct {
 	EstimateSecs float64  `json:"estimate_seconds"`
 	EstimateFrom string   `json:"estimate_from"`
 	NotChecked   []string `json:"not_checked"` // what only the upgrade itself finds out
-	Error        string   `json:"error,omitempty"`
+	// Probed: a worker of the new program was asked. OneWay: it said that the old one
+	// could not restore what it writes.
+	Probed bool   `json:"probed,omitempty"`
+	OneWay string `json:"one_way,omitempty"`
+	Error  string `json:"error,omitempty"`
 }
 
 // PlanReason says why sessions would not move now.
@@ -214,7 +218,7 @@ func (s *server) handleOperations(mux *http.ServeMux) {
 	handle(s, mux, "rebalance", "rebalance", s.backend.Rebalance)
 }
 
-// Plan asks what an upgrade would do; nothing is started.
+// Plan asks what an upgrade would do.
 func (c *Client) Plan(ctx context.Context, r UpgradeRequest) (*UpgradePlan, error) {
 	return ask[UpgradePlan](ctx, c, "/v1/upgrade-plan", &r, r, nil)
 }

@@ -143,6 +143,9 @@ type UpgradeRequest struct {
 	NoReturn bool `json:"no_return,omitempty"`
 	// Queue waits for the operation that is under way, instead of being refused.
 	Queue bool `json:"queue,omitempty"`
+	// Probe has Plan start one worker of the new program, without a session, and ask it
+	// which states it restores.
+	Probe bool `json:"probe,omitempty"`
 }
 
 // Outcome is the result of an upgrade or of a change of keys; its value is the command's exit code.
@@ -233,7 +236,8 @@ type Backend interface {
 	// Upgrade blocks until done. It reports a refusal in the report, not as an
 	// error; an error means that nothing was started (for example ErrBusy).
 	Upgrade(ctx context.Context, r UpgradeRequest, progress func(Progress)) (*UpgradeReport, error)
-	// Plan says what an upgrade would do, and starts nothing.
+	// Plan says what an upgrade would do, and starts nothing, but for a worker to ask
+	// where that is wanted.
 	Plan(ctx context.Context, r UpgradeRequest) (*UpgradePlan, error)
 	// Abort takes back what is under way in a pool, or in all, and blocks until that is
 	// done. An error means that nothing was under way.

@@ -295,6 +295,22 @@ func TestStateCompatibilityBothWays(t *testing.T) {
 	before := visor.WorkerPIDs(u.settled(bystanders))
 	for name, c := range map[string]struct {
 		args []string
+		code int
+		says string
+	}{
+		"new cannot restore":       {[]string{"--command", role(t, "writes-2")}, 1, "would be refused: the new program cannot restore the state of the old one"},
+		"old cannot, canary":       {[]string{"--command", role(t, "writes-2-restores-both"), "--canary", "10"}, 1, "--no-return"},
+		"old cannot, nobody cares": {[]string{"--command", role(t, "writes-2-restores-both")}, 0, "there is no way back"},
+		"both can":                 {nil, 0, "it restores what the old one writes"},
+	} {
+		r := u.run(c.code, append([]string{"upgrade", "--dry-run", "--probe"}, c.args...)...)
+		if !strings.Contains(r.Stdout, c.says) || !strings.Contains(r.Stdout, "Nothing was moved.") {
+			t.Errorf("probe, %s: %s", name, r.Stdout)
+		}
+		sameWorkers(t, before, u.settled(bystanders))
+	}
+	for name, c := range map[string]struct {
+		args []string
 		says string
 	}{
 		"new cannot restore":      {[]string{"--command", role(t, "writes-2")}, "cannot restore the state of the old one"},

@@ -13,7 +13,7 @@ import (
 )
 
 // What an upgrade would do, by what the supervisor knows: nothing is started, and no
-// worker is asked.
+// worker is asked, but for one of the new program where that is wanted (probe.go).
 
 const (
 	// rateSample is how many moves make a rate that is worth remembering.
@@ -58,6 +58,11 @@ func (b *backend) Plan(ctx context.Context, r admin.UpgradeRequest) (*admin.Upgr
 		p := &plan.Pools[i]
 		if busy != nil && p.Error == "" {
 			p.Error = busy.Error()
+		}
+		if r.Probe && p.Error == "" {
+			if err := b.probePlan(ctx, &r, p); err != nil {
+				return nil, err
+			}
 		}
 		switch {
 		case p.Error != "":
@@ -129,13 +134,7 @@ func (s *Supervisor) planPool(p *pool, r *admin.UpgradeRequest) admin.PoolPlan {
 		return a.Why < b.Why
 	})
 	s.estimate(p, &out)
-	out.NotChecked = []string{"whether the new program gets ready", "whether each session reaches a safe point in time"}
-	for _, w := range p.workers {
-		if len(w.schemas) > 0 {
-			out.NotChecked = append(out.NotChecked, "whether the new program restores the application's state, and the old one the new one's: that is asked before anything moves")
-			break
-		}
-	}
+	out.NotChecked = p.notChecked(false)
 	return out
 }
 

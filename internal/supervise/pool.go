@@ -11,7 +11,6 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/internal/config"
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
-	"github.com/ktlsvisor/ktlsvisor/state"
 )
 
 // pool is a set of workers of one command.
@@ -168,12 +167,10 @@ func (s *Supervisor) onHello(w *worker, h *wire.Hello) error {
 	case w.state != workerStarting || w.greeted:
 		return fmt.Errorf("%w: a second HELLO", wire.ErrProtocol)
 	}
-	if h.Min > wire.Version || h.Max < wire.Version {
-		return fmt.Errorf("%w: the worker speaks versions %d to %d of the protocol, this supervisor %d", wire.ErrProtocol, h.Min, h.Max, wire.Version)
+	if err := speaks(h); err != nil {
+		return err
 	}
-	for _, sc := range h.Schemas {
-		w.schemas = append(w.schemas, state.Info{Name: sc.Name, Writes: sc.Writes, Restores: sc.Restores})
-	}
+	w.schemas = schemasOf(h)
 	w.rekeys, w.able = h.Rekey, h.Able
 	w.arena = h.Able&wire.AbleArena != 0 && w.pool.cfg.CrashExact
 	w.bare = !w.pool.cfg.Retain && h.Able&wire.AbleSockets != 0

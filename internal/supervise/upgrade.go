@@ -211,30 +211,49 @@ func (s *Supervisor) compatible(op *operation) error {
 	if young == nil {
 		return nil
 	}
-	for _, w := range sortedWorkers(op.pool.workers) {
-		if w.gen == op.to {
+	oneWay, err := op.pool.restorable(young.schemas, op.from, op.to)
+	if oneWay != nil {
+		op.oneWay = oneWay
+	}
+	if err != nil || op.oneWay == nil {
+		return err
+	}
+	op.report.OneWay = op.oneWay.Error()
+	if err := op.opts.allowOneWay(op.oneWay); err != nil {
+		return err
+	}
+	op.say("pool %s: %v", op.pool.name, op.oneWay)
+	return nil
+}
+
+// restorable compares what a new program, of generation to, writes and restores with what
+// the workers do that there are: err says why it cannot take over, oneWay why generation
+// from could not take back.
+func (p *pool) restorable(young []state.Info, from, to uint32) (oneWay, err error) {
+	for _, w := range sortedWorkers(p.workers) {
+		if w.gen == to {
 			continue
 		}
 		if len(w.schemas) > 0 {
-			if err := state.Compatible(w.schemas, young.schemas); err != nil {
-				return fmt.Errorf("the new program cannot restore the state of the old one: %w", err)
+			if err := state.Compatible(w.schemas, young); err != nil {
+				return oneWay, fmt.Errorf("the new program cannot restore the state of the old one: %w", err)
 			}
 		}
-		if w.gen != op.from || op.oneWay != nil {
+		if w.gen != from || oneWay != nil {
 			continue
 		}
-		if err := state.Compatible(young.schemas, w.schemas); err != nil {
-			op.oneWay = fmt.Errorf("there is no way back: the old program cannot restore the state of the new one (%s)", schemaNames(err))
+		if err := state.Compatible(young, w.schemas); err != nil {
+			oneWay = fmt.Errorf("there is no way back: the old program cannot restore the state of the new one (%s)", schemaNames(err))
 		}
 	}
-	if op.oneWay == nil {
-		return nil
+	return oneWay, nil
+}
+
+// allowOneWay says whether an upgrade may begin that has no way back.
+func (o *upgradeOptions) allowOneWay(why error) error {
+	if (o.canary > 0 || o.probation > 0) && !o.noReturn {
+		return fmt.Errorf("%w; a canary or a probation promises one. Deploy a program first that restores both, or ask for --no-return", why)
 	}
-	op.report.OneWay = op.oneWay.Error()
-	if (op.opts.canary > 0 || op.opts.probation > 0) && !op.opts.noReturn {
-		return fmt.Errorf("%w; a canary or a probation promises one. Deploy a program first that restores both, or ask for --no-return", op.oneWay)
-	}
-	op.say("pool %s: %v", op.pool.name, op.oneWay)
 	return nil
 }
 
