@@ -30,6 +30,11 @@ func (w *worker) adopt(m *wire.Message) {
 		w.adoptedGroup(adopted, errors.New("this worker keeps no state of groups"))
 		return
 	}
+	conns := make([]*Conn, 0, len(adopted))
+	for _, r := range adopted {
+		conns = append(conns, w.sessions[r.ID].conn)
+	}
+	called := calling(conns)
 	go func() {
 		var err error
 		for i := range m.Blobs {
@@ -38,7 +43,10 @@ func (w *worker) adopt(m *wire.Message) {
 				err = fmt.Errorf("group %q: %w", b.Group, e)
 			}
 		}
-		w.in.post(func() { w.adoptedGroup(adopted, err) })
+		w.in.post(func() {
+			called()
+			w.adoptedGroup(adopted, err)
+		})
 	}()
 }
 

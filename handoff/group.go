@@ -188,9 +188,11 @@ func (w *worker) freezeGroup(b *batch) {
 		return
 	}
 	b.busy = true
+	called := calling(b.conns())
 	go func() {
 		blob, err := guard2(func() ([]byte, error) { return w.groups.FreezeGroup(b.group) })
 		w.in.post(func() {
+			called()
 			b.busy = false
 			b.called = err == nil
 			w.frozenGroup(b, blob, err)
@@ -273,9 +275,11 @@ func (w *worker) cancelBatch(b *batch) {
 
 func (w *worker) adoptBack(b *batch) {
 	b.busy = true
+	called := calling(b.conns())
 	go func() {
 		err := guard(func() error { return w.groups.AdoptGroup(b.group, b.blob) })
 		w.in.post(func() {
+			called()
 			if err != nil {
 				w.log.Error("group continues without its state", "group", b.group, "error", err)
 			}
@@ -293,11 +297,7 @@ func (w *worker) release(b *batch) {
 	delete(w.batches, b.group)
 	var bar *barrier
 	if b.complete {
-		conns := make([]*Conn, 0, len(b.members))
-		for _, s := range b.members {
-			conns = append(conns, s.conn)
-		}
-		bar = w.newBarrier(b.group, conns)
+		bar = w.newBarrier(b.group, b.conns())
 	}
 	members := b.members
 	b.members = nil

@@ -11,7 +11,7 @@ import (
 // The supervisor finds out over which session a worker died by marks in memory that it
 // shares with the worker: for each session, whether the handler's own code runs, which
 // is from Read's return with input to the next call of Read, and not while Write waits
-// for the client. The layout is in package wire.
+// for the client; for members of a group also while a method of Groups runs. The layout is in package wire.
 
 // marks hands the words out. It belongs to the worker's loop.
 type marks struct {
@@ -77,6 +77,30 @@ func (k *marks) take(c *Conn) {
 func (c *Conn) begins() { c.running.Store(true); c.handling() }
 
 func (c *Conn) returns() { c.running.Store(false); c.waiting() }
+
+// calling marks sessions while a callback of their group runs, which is the application's
+// code as well: a worker that dies in it dies over all of them. The loop calls it before,
+// and what it returns afterwards.
+func calling(conns []*Conn) (called func()) {
+	each := func(bits uint64) {
+		for _, c := range conns {
+			if m := c.mark.Load(); m != nil && !c.running.Load() {
+				m.Store(c.id | bits)
+			}
+		}
+	}
+	each(wire.MarkHandling)
+	return func() { each(0) }
+}
+
+// conns are those of a group's members.
+func (b *batch) conns() []*Conn {
+	l := make([]*Conn, 0, len(b.members))
+	for _, s := range b.members {
+		l = append(l, s.conn)
+	}
+	return l
+}
 
 // handling says that the handler's code runs from here on.
 func (c *Conn) handling() {

@@ -101,18 +101,22 @@ func (m *marks) close() {
 
 // handled returns the sessions of a worker whose handlers' own code was running.
 func (m *marks) handled(w *worker) (list []*session) {
-	used := min(m.words[0].Load(), uint64(len(m.words)-1))
-	seen := map[uint64]bool{}
-	for i := uint64(1); i <= used; i++ {
-		word := m.words[i].Load()
-		id := word & wire.MarkID
-		if word&wire.MarkHandling == 0 || word&wire.MarkWriting != 0 || seen[id] {
-			continue
-		}
+	for id := range m.handling() {
 		if ls := w.Sessions[id]; ls != nil {
-			seen[id] = true
 			list = append(list, sessionOf(ls))
 		}
 	}
 	return list
+}
+
+// handling returns the sessions that are marked so, whoever owns them.
+func (m *marks) handling() map[uint64]bool {
+	ids := map[uint64]bool{}
+	used := min(m.words[0].Load(), uint64(len(m.words)-1))
+	for i := uint64(1); i <= used; i++ {
+		if word := m.words[i].Load(); word&wire.MarkHandling != 0 && word&wire.MarkWriting == 0 {
+			ids[word&wire.MarkID] = true
+		}
+	}
+	return ids
 }

@@ -273,6 +273,7 @@ func (s *Supervisor) attemptTimedOut(t *attempt) {
 
 // refuseFor ends the attempts whose target is dead or cannot be reached.
 func (s *Supervisor) refuseFor(w *worker, why string) {
+	s.noteOffered(w)
 	for gm := range s.m.Moves() {
 		if gm.To == &w.Worker {
 			s.abortGroup(gm, why)

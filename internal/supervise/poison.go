@@ -99,7 +99,11 @@ func (d *ward) place(ss *session, serving uint32) (w *worker, ok bool) {
 func (s *Supervisor) blame(w *worker, was workerState) {
 	limit := w.pool.cfg.Poison
 	ours := w.killed && !w.beatenDead || was == workerStarting || was == workerStopping && !w.killed
-	if limit == 0 || s.stopping || ours || len(w.Sessions) == 0 {
+	if limit == 0 || s.stopping || ours {
+		return
+	}
+	s.blameOffered(w)
+	if len(w.Sessions) == 0 {
 		return
 	}
 	var list []*session

@@ -101,6 +101,7 @@ type worker struct {
 	able       wire.Abilities // what it can do besides
 	marks      *marks         // what it says it is handling; nil: it does not say
 	quarantine bool           // takes suspects only; see poison.go
+	offered    []uint64       // members of groups that it may have died over; see group_blame.go
 	bare       bool           // the keeper has no duplicates of its sockets; see bare.go
 	leaving    bool           // it is to go, by an operator's word; see scale.go
 

@@ -1,0 +1,50 @@
+package supervise
+
+// A worker may also die while it takes a group's state over, and then it owns none of
+// the members. Its marks say so all the same (handoff/marks.go). They are suspects like
+// others and go on in the quarantine worker, but they are not closed for it: it is the
+// state that is bad, and after maxStateOffers the group goes on without.
+
+// noteOffered remembers which members of groups a worker was offered, before that comes
+// to nothing because it cannot be reached any more. A group that would go on in its old
+// worker is none of them when the upgrade, which fails, brings it back there.
+func (s *Supervisor) noteOffered(w *worker) {
+	if w.marks == nil {
+		return
+	}
+	for gm := range s.m.Moves() {
+		if gm.To != &w.Worker || gm.From != nil && gm.From.Reachable() && workerOf(gm.From).gen != w.gen {
+			continue
+		}
+		for id := range gm.Members {
+			w.offered = append(w.offered, id)
+		}
+	}
+}
+
+// blameOffered puts those groups under suspicion in whose callbacks a worker died.
+func (s *Supervisor) blameOffered(w *worker) {
+	s.noteOffered(w)
+	if len(w.offered) == 0 {
+		return
+	}
+	marked := w.marks.handling()
+	d := &w.pool.ward
+	n := 0
+	for _, id := range w.offered {
+		ss := s.sessions[id]
+		if ss == nil || ss.Ended || !marked[id] {
+			continue
+		}
+		ss.crashes = max(ss.crashes, 1)
+		d.add(ss)
+		s.led.put(int(ss.slot), ss.slotEntry())
+		s.suspectGroup(ss)
+		n++
+	}
+	w.offered = nil
+	if n > 0 {
+		s.led.count(cntQuarantined, uint64(n))
+		s.log.Warn("a worker died while it took over the state of a group: the group goes on in quarantine", "pool", w.pool.name, "pid", w.pid, "members", n)
+	}
+}
