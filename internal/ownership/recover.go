@@ -36,7 +36,7 @@ func (m *Machine) Reconcile(said map[*Worker][]wire.Held) {
 
 func (m *Machine) reconcile(w *Worker, held map[uint64]wire.Held) {
 	thaw, resume := map[GroupKey][]wire.Ref{}, map[GroupKey][]wire.Ref{}
-	ended := w.ended
+	ended, l := w.ended, silent{}
 	w.ended = nil
 	for _, id := range slices.Sorted(maps.Keys(held)) {
 		h := held[id]
@@ -60,7 +60,7 @@ func (m *Machine) reconcile(w *Worker, held map[uint64]wire.Held) {
 			say(SendClosedAck, ref)
 		case wire.PhaseAdopted:
 			if mine && h.Epoch == s.Epoch {
-				if m.splitFrom(s) != nil {
+				if m.mayGoBack(s, l) {
 					m.withhold(s)
 					continue
 				}

@@ -60,22 +60,34 @@ func (g *Group) parkedAt(w *Worker, held map[uint64]wire.Held) bool {
 	return false
 }
 
-// splitFrom is the worker that has not yet said what it has of a group, of which it may
-// have to get a member back; nil if there is none.
-func (m *Machine) splitFrom(s *Session) *Worker {
-	if s.Group == nil {
-		return nil
+// silent remembers for a while which owners of members of each group have not yet said
+// what they have.
+type silent map[*Group]map[uint64]bool
+
+func (l silent) of(g *Group) map[uint64]bool {
+	ids, ok := l[g]
+	if !ok {
+		for _, o := range g.Members {
+			if w := o.Owner; w != nil && w.Awaited && w.Reachable() {
+				if ids == nil {
+					ids = map[uint64]bool{}
+				}
+				ids[w.ID] = true
+			}
+		}
+		l[g] = ids
+	}
+	return ids
+}
+
+// mayGoBack says whether a session may have to go back to a worker that has not yet said
+// what it has of the group.
+func (m *Machine) mayGoBack(s *Session, l silent) bool {
+	if s.Group == nil || len(l.of(s.Group)) == 0 {
+		return false
 	}
 	owner, _ := m.before(s.ID)
-	if owner == 0 || s.Owner != nil && owner == s.Owner.ID {
-		return nil
-	}
-	for _, o := range s.Group.Members {
-		if w := o.Owner; w != nil && w.ID == owner && w.Awaited && w.Reachable() {
-			return w
-		}
-	}
-	return nil
+	return (s.Owner == nil || owner != s.Owner.ID) && l.of(s.Group)[owner]
 }
 
 func (m *Machine) withhold(s *Session) {
@@ -116,8 +128,9 @@ func (m *Machine) resumeWithheld(all bool) {
 	}
 	resume := map[*Worker]map[GroupKey][]wire.Ref{}
 	var workers []*Worker
+	l := silent{}
 	for _, s := range sorted(m.withheld) {
-		if !all && m.splitFrom(s) != nil {
+		if !all && m.mayGoBack(s, l) {
 			continue
 		}
 		m.settleWithheld(s)
