@@ -79,11 +79,11 @@ type Session struct {
 	Epoch    wire.Epoch // of the ownership
 	Try      *Try       // the attempt under way to give it another owner
 	Group    *Group     // nil: none
+	X        any        // the driver's
+	told     uint32     // the last order to its owner to go on with it
 	Doubt    bool       // its owner was seen dead; how far it came is being found out
 	Ended    bool
-	Withheld bool   // not to be served by its owner yet; see split.go
-	X        any    // the driver's
-	told     uint32 // the last order to its owner to go on with it
+	Withheld bool // not to be served by its owner yet; see split.go
 }
 
 // Step is how far an attempt has come.
