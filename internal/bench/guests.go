@@ -33,7 +33,9 @@ func Guests(ctx context.Context, root string, kernels []string, only, commit str
 		Root: root, Kernels: kernels, Packages: regexp.MustCompile("^internal/bench$"),
 		Env:   []string{envGuest + "=1", envGuestRun + "=" + only},
 		Cache: &vmtest.Cache{Dir: dir, Say: say}, Say: say,
-		BootLimit: 40 * time.Minute, // 10,000 handshakes without KVM, and 100,000 sessions
+		// 10,000 handshakes without KVM, and 100,000 sessions.
+		BootLimit: 80 * time.Minute,
+		TestLimit: 75 * time.Minute,
 		Memory:    6 << 10,
 	})
 	for _, b := range boots {

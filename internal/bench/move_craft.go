@@ -76,7 +76,7 @@ func crafted(client, local, remote net.Addr, isClient, kernel bool) (facts, reco
 func craftServer(kernel bool) func(c *net.TCPConn) (*supervise.Crafted, error) {
 	return func(c *net.TCPConn) (*supervise.Crafted, error) {
 		client := c.RemoteAddr()
-		if err := greet(c, false); err != nil {
+		if err := greet(c); err != nil {
 			return nil, err
 		}
 		if kernel {
@@ -92,24 +92,17 @@ func craftServer(kernel bool) func(c *net.TCPConn) (*supervise.Crafted, error) {
 }
 
 // greet is what there is of a handshake: a byte each way, so that the positions in the
-// streams are not those of a connection that was never used.
-func greet(c *net.TCPConn, first bool) error {
+// streams are not those of a connection that was never used. The client's is in openThin.
+func greet(c *net.TCPConn) error {
 	if err := c.SetDeadline(time.Now().Add(time.Minute)); err != nil {
 		return err
 	}
 	b := []byte{0}
-	if first {
-		if _, err := c.Write(b); err != nil {
-			return err
-		}
-	}
 	if _, err := c.Read(b); err != nil {
 		return err
 	}
-	if !first {
-		if _, err := c.Write(b); err != nil {
-			return err
-		}
+	if _, err := c.Write(b); err != nil {
+		return err
 	}
 	return c.SetDeadline(time.Time{})
 }

@@ -27,9 +27,10 @@ type Build struct {
 var guestEnv = []string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOFLAGS="}
 
 // buildGuest compiles everything below root (the repository) into dir and writes
-// the shared archive. only, if not nil, selects packages by path; run, if not "",
-// replaces each package's own choice of tests; shell is a static busybox.
-func buildGuest(ctx context.Context, root, dir, shell string, only *regexp.Regexp, run string, say func(string, ...any)) (*Build, error) {
+// the shared archive. Of o it takes the repository's root, which packages and which of
+// their tests, and how long those may take; shell is a static busybox.
+func buildGuest(ctx context.Context, o *Options, dir, shell string) (*Build, error) {
+	root, only, run, say := o.Root, o.Packages, o.Run, o.Say
 	tests, progs, err := present(ctx, root, only)
 	if err != nil {
 		return nil, err
@@ -75,6 +76,9 @@ func buildGuest(ctx context.Context, root, dir, shell string, only *regexp.Regex
 		data := filepath.Join(root, t.path, "testdata")
 		if st, err := os.Stat(data); err == nil && st.IsDir() {
 			a.tree(src+"/testdata", data)
+		}
+		if o.TestLimit > 0 {
+			t.limit = o.TestLimit
 		}
 		b.Tests = append(b.Tests, guestTest(t, "/tests/"+name, "/"+src, run))
 	}

@@ -33,6 +33,7 @@ type Options struct {
 	CPUs           int           // of a guest; 2
 	Memory         int           // of a guest, MiB; 2048
 	BootLimit      time.Duration // 10 minutes
+	TestLimit      time.Duration // of the tests of a package, in place of its own
 	Verbose        bool          // every line of the tests
 	KeepDir        bool          // leave the folder with initramfs and consoles
 	Say            func(format string, args ...any)
@@ -71,7 +72,7 @@ func Run(ctx context.Context, o Options) ([]*BootResult, error) {
 
 func (o *Options) build(ctx context.Context, dir, shell string) (*Build, error) {
 	if o.Program == nil {
-		return buildGuest(ctx, o.Root, dir, shell, o.Packages, o.Run, o.Say)
+		return buildGuest(ctx, o, dir, shell)
 	}
 	initFile := filepath.Join(dir, "init")
 	if err := goTool(ctx, o.Root, "build", "-ldflags=-s -w", "-o", initFile, "./internal/vmtest/init"); err != nil {
