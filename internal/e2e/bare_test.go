@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"os"
+	"slices"
 	"testing"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/admin"
@@ -71,5 +72,57 @@ func TestKernelLayerHangInAPoolThatRetainsNothing(t *testing.T) {
 	f.advance()
 	if err := f.stop().Err(); err != nil {
 		t.Error(err)
+	}
+}
+
+// Commits in such a pool. A worker that hangs costs nothing: its sockets are taken from
+// it, and its memory tells how far its sessions were. One that dies takes the sockets
+// along, and with them the sessions; what it had committed is of no use then. Nobody gets
+// a byte twice, and the others notice nothing.
+func TestHostCommitsInAPoolThatRetainsNothing(t *testing.T) {
+	commitsWithoutDuplicates(t, "software", bystanders)
+}
+
+// The same in the kernel layer.
+func TestKernelLayerCommitsInAPoolThatRetainsNothing(t *testing.T) {
+	guest.NeedKernelTLS(t)
+	commitsWithoutDuplicates(t, "kernel", 16)
+}
+
+func commitsWithoutDuplicates(t *testing.T, offload string, clients int) {
+	program := build(t, "examples/committing", "committing", true)
+	u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{program}, "", "offload = \""+offload+"\"\n"+bare)}})
+	empty := u.keeperFDs()
+	f := u.fleet(clients, busy)
+	u.settled(clients)
+	givenUp := func() {
+		t.Helper()
+		eventually(t, "the keeper to give up the sessions' sockets", func() bool { return u.keeperFDs() < empty+2 })
+	}
+	givenUp()
+	_, st := u.stopWorker(f, func(admin.WorkerStatus) int { return clients })
+	if c := st.Counters; c.Lost != 0 || c.Interrupted != 0 {
+		t.Errorf("after a hang: counters %+v, want none lost and none interrupted", c)
+	}
+	f.advance()
+	if err := f.Snapshot().Err(); err != nil {
+		t.Fatalf("after a hang: %v", err)
+	}
+	u.upgradeReport(0)
+	victim := u.settled(clients).Pools[0].Workers[0]
+	givenUp() // up to a second after the move
+	if err := u.KillProcess(victim.PID); err != nil {
+		t.Fatal(err)
+	}
+	st = u.await("another worker", func(now *admin.Status) bool {
+		return visor.Settled(now) && len(now.Pools[0].Workers) == 2 && !slices.Contains(visor.WorkerPIDs(now), victim.PID)
+	})
+	if c := st.Counters; victim.Sessions == 0 || c.Lost != uint64(victim.Sessions) || c.Interrupted != 0 || st.Sessions.Total != clients-victim.Sessions {
+		t.Errorf("after a kill: %d sessions, counters %+v; want %d lost", st.Sessions.Total, c, victim.Sessions)
+	}
+	eventually(t, "the clients to see the end", func() bool { return f.Snapshot().Lost == victim.Sessions })
+	f.advance()
+	if r := f.stop(); r.Lost != victim.Sessions || r.WrongBytes > 0 || r.Unclean > 0 {
+		t.Errorf("%d lost, %d wrong bytes, %d unclean; want %d lost and no more; %v, %q", r.Lost, r.WrongBytes, r.Unclean, victim.Sessions, r.LostReasons, r.Examples)
 	}
 }
