@@ -26,7 +26,10 @@ each client has a byte echoed. Keys are made up by both sides instead of handsha
 time is from the word that the new generation is ready to the end of the last RELEASE.
 Medians of the turns, lowest and highest in brackets. The limit is what SCM_RIGHTS does
 alone, in batches of 64 over the same kind of socket to a process that closes them, in the
-same run. *At rest* means that no handler waits for the session (handoff.WithRest). *Other load* is
+same run. The rows of a program that upgrades itself are two processes and nobody else
+(handoff.Upgrader): sessions of real handshakes go from the old process to the new one, as
+above but without keeper and ledger. The time is from the word that the new process is
+ready to the acknowledgement of the last commit. *At rest* means that no handler waits for the session (handoff.WithRest). *Other load* is
 the load average of the machine before the measurement, so of other programs: with two
 processors, a figure above 2 means that the unit had to share them, and that processor time
 says more than the rate.
@@ -54,6 +57,10 @@ func movesTable(list []Move) string {
 		if m.Rest {
 			what = fmt.Sprintf("%s layer, workers: %d, at rest", m.Layer, m.Workers)
 		}
+		stalls := fmt.Sprintf("%.1f ms | %.1f ms | %.1f ms", m.StallP50, m.StallP99, m.StallMax)
+		if m.Self {
+			what, stalls = "a program that upgrades itself, software layer, at rest", " | | "
+		}
 		target, met := fmt.Sprintf("≥ %d", moveRate), yes(m.Rate >= moveRate)
 		if m.Run.Guest != "" {
 			what += ", Linux " + m.Run.Kernel + " (emulated)"
@@ -65,8 +72,8 @@ func movesTable(list []Move) string {
 			cpu = append(cpu, fmt.Sprintf("%s %.1f", name, m.CPU[name]))
 			sum += m.CPU[name]
 		}
-		fmt.Fprintf(&b, "| %d | %s | %.0f (%.0f to %.0f) | %.0f | %s | %s | %.1f ms | %.1f ms | %.1f ms | %.0f µs: %s | %.0f |\n", m.Sessions, what,
-			m.Rate, m.Low, m.High, m.RawRate, target, met, m.StallP50, m.StallP99, m.StallMax, sum, strings.Join(cpu, ", "), m.Load)
+		fmt.Fprintf(&b, "| %d | %s | %.0f (%.0f to %.0f) | %.0f | %s | %s | %s | %.0f µs: %s | %.0f |\n", m.Sessions, what,
+			m.Rate, m.Low, m.High, m.RawRate, target, met, stalls, sum, strings.Join(cpu, ", "), m.Load)
 	}
 	return b.String()
 }
