@@ -34,12 +34,15 @@ func TestForcedStopSharesNoPlace(t *testing.T) {
 	p.expect(wire.TypeReady)
 	s := software(t)
 	p.give(s)
+	arena := make(chan *ktls.Arena, 1)
+	p.w.in.post(func() { arena <- p.w.arena })
+	a := <-arena
 	p.w.in.post(func() {
 		p.w.stopping, p.w.forced = true, true // and closing it has come to nothing
 		p.w.stopNow()
 	})
 	p.expectClosed(s, wire.ReasonOperator)
-	if j, err := ktls.OpenJournals(mem); err != nil || j.Len() != 1 || p.w.arena.HasPlace() {
+	if j, err := ktls.OpenJournals(mem); err != nil || j.Len() != 1 || a.HasPlace() {
 		t.Errorf("%d journals, %v: the place of a session that is in use was given back", j.Len(), err)
 	}
 	close(release)
