@@ -19,6 +19,7 @@ type Machine struct {
 	lookup      func(id uint64) *Session
 	before      func(id uint64) (owner uint64, epoch wire.Epoch)
 	withheld    map[uint64]*Session // see split.go
+	strays      int                 // attempts that move one member of a group without the others
 	groups      map[GroupKey]*Group
 	tries       map[*Try]struct{}
 	moves       map[*GroupMove]struct{}
@@ -106,6 +107,9 @@ func (m *Machine) drop(t *Try) {
 	}
 	t.Session.Try = nil
 	delete(m.tries, t)
+	if t.stray {
+		m.strays--
+	}
 	if t.To != nil {
 		t.To.Incoming--
 	}
@@ -130,10 +134,13 @@ func (t *Try) group() *Group {
 // Freeze begins to move a session away from its owner. joins, unless nil, is the
 // group that it moves for. It returns nil if the session cannot be moved now.
 func (m *Machine) Freeze(s *Session, joins *GroupKey) *Try {
-	if s.Ended || s.Doubt || s.Try != nil || s.Owner == nil || !s.Owner.Usable() || s.Withheld {
+	if s.Ended || s.Doubt || s.Try != nil || s.Owner == nil || !s.Owner.Usable() || s.Withheld || m.looksSplit(s, joins) {
 		return nil
 	}
-	t := m.begin(&Try{Session: s, From: s.Owner, Joins: joins, Step: Freezing})
+	t := m.begin(&Try{Session: s, From: s.Owner, Joins: joins, Step: Freezing, stray: s.Group != nil})
+	if t.stray {
+		m.strays++
+	}
 	m.send(SendFreeze, s.Owner, s, t.Epoch, nil, false)
 	return t
 }

@@ -106,6 +106,7 @@ type Try struct {
 	Joins   *GroupKey  // it moves in order to join this group
 	Step    Step
 	Adopted bool // ADOPTED came; the rest of the group is awaited
+	stray   bool // it moves one member of a group without the others
 
 	// Of the driver: when it began, when it is to be given up, where it should go.
 	Began    time.Time

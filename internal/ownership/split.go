@@ -50,6 +50,28 @@ func (m *Machine) undoSplit(workers []*Worker, held map[*Worker]map[uint64]wire.
 	}
 }
 
+// looksSplit says whether a session, if it were committed now, and another one that its
+// owner has parked would look like a split to the next machine: one of them is a member of
+// a group, and both go to its home, each with a RESUME of its own. One of them waits.
+func (m *Machine) looksSplit(s *Session, joins *GroupKey) bool {
+	g := s.Group
+	if joins != nil {
+		g = m.groups[*joins]
+	}
+	if g == nil || s.Group != g && m.strays == 0 {
+		return false
+	}
+	for t := range m.tries {
+		if t.From != s.Owner {
+			continue
+		}
+		if t.Session.Group == g || s.Group == g && t.Joins != nil && *t.Joins == g.Key {
+			return true
+		}
+	}
+	return false
+}
+
 // parkedAt says whether a worker owns members of a group and has them parked.
 func (g *Group) parkedAt(w *Worker, held map[uint64]wire.Held) bool {
 	for id, s := range g.Members {

@@ -84,7 +84,9 @@ func (s *Supervisor) tryJoin(ss *session, name string) {
 		ss.edit().joinFails = 0
 		s.grouped(ss, name, "the session could not be moved to the worker that has the group")
 	default:
-		s.freezeOne(w, ss, home, &k)
+		if !s.freezeOne(w, ss, home, &k) {
+			s.waitFor(ss, name) // for other members on their way there
+		}
 	}
 }
 

@@ -30,16 +30,17 @@ func (s *Supervisor) freeze(from *worker, list []*session, dest *worker) {
 	}
 }
 
-func (s *Supervisor) freezeOne(from *worker, ss *session, dest *worker, joins *ownership.GroupKey) {
+func (s *Supervisor) freezeOne(from *worker, ss *session, dest *worker, joins *ownership.GroupKey) bool {
 	t := s.m.Freeze(&ss.Session, joins)
 	if t == nil {
-		return
+		return false
 	}
 	t.Began = s.now()
 	t.Deadline = t.Began.Add(time.Duration(from.pool.cfg.FreezeTimeout))
 	if dest != nil {
 		t.Dest = &dest.Worker
 	}
+	return true
 }
 
 // emptyRetiring moves sessions away from workers that are to go, a window's worth
