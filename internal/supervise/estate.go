@@ -34,7 +34,8 @@ type estate struct {
 	mem      []byte
 	journals *ktls.Journals
 	commits  *ktls.CommitLog
-	taken    int // bytes found for its sessions
+	taken    int       // bytes found for its sessions
+	until    time.Time // how long those wait for the arena that can do without; zero: none has
 }
 
 // inherit takes a session of a worker that was seen dead.
@@ -130,8 +131,6 @@ func (s *Supervisor) heir(ss *session) heir {
 // recoverBatch finds out how far the dead owner of some sessions came with each. In the
 // kernel layer the socket has everything but what the application committed.
 func (s *Supervisor) recoverBatch(e *estate, batch []heir) {
-	err := s.insist(func(ctx context.Context) error { return e.open(ctx, s.keeper) })
-	s.sayUncommitted(batch, err)
 	var entries []keeper.Entry
 	var ids []uint64
 	for i := range batch {
@@ -139,8 +138,17 @@ func (s *Supervisor) recoverBatch(e *estate, batch []heir) {
 			ids = append(ids, batch[i].ss.ID)
 		}
 	}
+	until := time.Now().Add(insistLimit)
+	if len(ids) == 0 { // once for all of them: thousands are many batches
+		if e.until.IsZero() {
+			e.until = until
+		}
+		until = e.until
+	}
+	err := s.insist(until, func(ctx context.Context) error { return e.open(ctx, s.keeper) })
+	s.sayUncommitted(batch, err)
 	if err == nil && len(ids) > 0 {
-		err = s.insist(func(ctx context.Context) (err error) {
+		err = s.insist(time.Now().Add(insistLimit), func(ctx context.Context) (err error) {
 			if entries, err = s.keeper.Get(ctx, keeper.KindSocket, ids...); err != nil {
 				err = fmt.Errorf("%w: %w", errNoSocket, err)
 			}
@@ -193,12 +201,13 @@ const (
 	insistMost  = 5 * time.Second
 )
 
-// insist repeats what the keeper, or this process, had no means for at the moment.
-func (s *Supervisor) insist(f func(ctx context.Context) error) error {
-	ctx, cancel := context.WithTimeout(s.ctx, insistLimit)
+// insist repeats what the keeper, or this process, had no means for at the moment. It is
+// tried once at least.
+func (s *Supervisor) insist(until time.Time, f func(ctx context.Context) error) error {
+	ctx, cancel := context.WithDeadline(s.ctx, until)
 	defer cancel()
 	for pause := insistPause; ; pause = min(2*pause, insistMost) {
-		once, done := context.WithTimeout(ctx, keeperTimeout)
+		once, done := context.WithTimeout(s.ctx, keeperTimeout)
 		err := f(once)
 		done()
 		if err == nil || errors.Is(err, errNoArena) || errors.Is(err, errBadArena) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 
@@ -61,6 +62,29 @@ func TestEstateIsAskedForAgain(t *testing.T) {
 			}
 			_ = sys.Unmap(e.mem)
 		})
+	}
+}
+
+// Sessions in the kernel layer can do without the arena: all of a worker's wait for it
+// once, and not batch after batch.
+func TestKernelLayerWaitsForAnArenaOnce(t *testing.T) {
+	u := newUnit(t)
+	f := u.worker(1)
+	u.withArena(f)
+	ref := u.owned(f, false)
+	asked := u.denied(keeper.KindArena, 1<<30)
+	e := &estate{worker: f.w.ID, until: time.Now()} // an earlier batch has waited
+	for range 3 {
+		var h heir
+		u.s.call(func() { h = u.s.heir(u.s.sessions[ref.ID]) })
+		batch := []heir{h}
+		u.s.recoverBatch(e, batch)
+		if batch[0].err != nil {
+			t.Error(batch[0].err)
+		}
+	}
+	if n := asked.Load(); n != 3 {
+		t.Errorf("the keeper was asked %d times for three batches, want once for each", n)
 	}
 }
 
