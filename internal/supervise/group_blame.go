@@ -30,7 +30,7 @@ func (s *Supervisor) blameOffered(w *worker) {
 	}
 	marked := w.marks.handling()
 	d := &w.pool.ward
-	n := 0
+	var list []*session
 	for _, id := range w.offered {
 		ss := s.sessions[id]
 		if ss == nil || ss.Ended || !marked[id] {
@@ -39,11 +39,11 @@ func (s *Supervisor) blameOffered(w *worker) {
 		ss.crashes = max(ss.crashes, 1)
 		d.add(ss)
 		s.led.put(int(ss.slot), ss.slotEntry())
-		s.suspectGroup(ss)
-		n++
+		list = append(list, ss)
 	}
 	w.offered = nil
-	if n > 0 {
+	s.suspectGroups(list)
+	if n := len(list); n > 0 {
 		s.led.count(cntQuarantined, uint64(n))
 		s.log.Warn("a worker died while it took over the state of a group: the group goes on in quarantine", "pool", w.pool.name, "pid", w.pid, "members", n)
 	}

@@ -157,8 +157,8 @@ func (s *Supervisor) blame(w *worker, was workerState) {
 			again++
 			sp.lot = d.lots
 		}
-		s.suspectGroup(ss)
 	}
+	s.suspectGroups(list)
 	s.led.count(cntQuarantined, uint64(len(list)))
 	s.log.Warn("a worker died while it was handling sessions: they go on in quarantine", "pool", w.pool.name, "pid", w.pid,
 		"suspects", len(list), "others", len(w.Sessions)-len(list), "known", known)
@@ -182,10 +182,20 @@ func (s *Supervisor) acquitBystanders(w *worker, list []*session) {
 	}
 }
 
-// suspectGroup puts a suspect's group under quarantine with it: it cannot be taken
-// apart.
-func (s *Supervisor) suspectGroup(ss *session) {
-	if g := ss.Group; g != nil {
+// suspectGroups puts the groups of suspects under quarantine with them: a group cannot be
+// taken apart.
+func (s *Supervisor) suspectGroups(list []*session) {
+	type part struct {
+		group *ownership.Group
+		owner *ownership.Worker
+	}
+	seen := map[part]bool{}
+	for _, ss := range list {
+		g := ss.Group
+		if g == nil || seen[part{g, ss.Owner}] {
+			continue
+		}
+		seen[part{g, ss.Owner}] = true
 		for _, m := range g.Members {
 			if m.Owner == ss.Owner {
 				ss.pool.ward.add(sessionOf(m))
