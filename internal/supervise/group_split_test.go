@@ -77,6 +77,20 @@ func TestSplitGroupDoesNotWaitForEver(t *testing.T) {
 	}
 }
 
+// Who does not serve a session yet cannot change its keys: what is owed to the peer is paid
+// when it goes on.
+func TestSplitGroupPaysKeyUpdatesLater(t *testing.T) {
+	u, _, young, _, try := split(t)
+	u.s.call(func() {
+		u.s.workers[young.w.ID].rekeys = true
+		u.s.startUpdate(u.s.sessions[try[0].ID], owesUpdate)
+	})
+	u.silent(young)
+	u.s.call(func() { u.s.m.ResumeWithheld() })
+	young.expect(wire.TypeResume)
+	young.expect(wire.TypePause)
+}
+
 // A member that is elsewhere than its group follows it when its worker is to go.
 func TestStrayMemberFollowsItsGroup(t *testing.T) {
 	u := newUnit(t)

@@ -188,7 +188,7 @@ func (s *Supervisor) startUpdate(ss *session, o owed) {
 		// An answer to what came before is on its way. A request that came after it wants
 		// another one.
 		r.again = true
-	case r.stage != stageNone, s.now().Before(r.retryAt), ss.Try != nil, ss.owner() == nil, !ss.owner().usable(), !ss.owner().rekeys:
+	case r.stage != stageNone, s.now().Before(r.retryAt), ss.Try != nil, ss.Withheld, ss.owner() == nil, !ss.owner().usable(), !ss.owner().rekeys:
 		// Under way; or pump comes back to it, with whoever owns it then.
 	default:
 		r.retryAt = time.Time{}

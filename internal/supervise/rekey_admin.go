@@ -47,7 +47,7 @@ func (s *Supervisor) updateKeys(ss *session, request bool, then func(error)) {
 		err = errKernelCannot
 	case s.quiescing:
 		err = errBeingReplaced
-	case ss.owner() == nil, ss.Try != nil:
+	case ss.owner() == nil, ss.Try != nil, ss.Withheld:
 		err = errOnTheMove
 	case !ss.owner().usable():
 		err = errUnreachable
