@@ -77,6 +77,25 @@ func TestSplitGroupDoesNotWaitForEver(t *testing.T) {
 	}
 }
 
+// To take sessions from a worker that has a member of a group is not to take the group
+// from the worker that is its home.
+func TestStrayMemberDoesNotMoveItsGroup(t *testing.T) {
+	u := newUnit(t)
+	home := u.worker(1)
+	u.members(home, 1, "room")
+	away := u.worker(1)
+	ref := u.owned(away, true)
+	other := u.worker(1)
+	u.s.call(func() {
+		k := u.pool.groupKey("room")
+		u.s.m.Restore(&u.s.sessions[ref.ID].Session, &away.w.Worker, &k)
+		if n, _ := u.s.shift(away.w, other.w, 1, func(int, int) bool { return true }); n != 0 {
+			t.Errorf("%d sessions under way", n)
+		}
+	})
+	u.silent(home)
+}
+
 // Who does not serve a session yet cannot change its keys: what is owed to the peer is paid
 // when it goes on.
 func TestSplitGroupPaysKeyUpdatesLater(t *testing.T) {

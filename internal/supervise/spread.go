@@ -37,8 +37,8 @@ func (s *Supervisor) shift(from, to *worker, n int, fits func(size, done int) bo
 			room--
 			continue
 		}
-		if !fits(len(g.Members), done) {
-			continue
+		if g.Home != &from.Worker || !fits(len(g.Members), done) {
+			continue // a member that is not at its group's home moves to it alone, when its worker is to go
 		}
 		if k := s.freezeGroup(g); k > 0 {
 			g.Move.Dest = &to.Worker
