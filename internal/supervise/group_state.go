@@ -91,6 +91,8 @@ func (s *Supervisor) stateReady(g *ownership.Group) bool {
 	switch {
 	case st == nil:
 		return true
+	case g.Blob == nil && !st.read && (st.writing || st.next != nil):
+		return false // what the last home sent is not with the keeper yet
 	case g.Blob == nil && !st.read:
 		if !st.busy {
 			st.busy = true

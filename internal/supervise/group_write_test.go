@@ -5,6 +5,7 @@ import (
 	"os"
 	"runtime"
 	"testing"
+	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
@@ -156,4 +157,30 @@ func TestCheckpointOfAGroupThatEnds(t *testing.T) {
 		list, err := u.store.List(t.Context(), keeper.KindGroup)
 		return err == nil && len(list) == 0
 	})
+}
+
+// A worker dies while checkpoints of its are on their way to the keeper: the next home gets
+// the newest of them, and none comes to the keeper after it has begun from an older one.
+func TestNextHomeWaitsForCheckpointsUnderWay(t *testing.T) {
+	u := newUnit(t)
+	home := u.worker(1)
+	ms := u.kernelMembers(home, 1, "room")
+	next := u.worker(1)
+	goOn := u.stalled()
+	for nonce := uint64(1); nonce <= 2; nonce++ {
+		home.send(&wire.Message{Type: wire.TypeCheckpoint, Nonce: nonce, Group: "room", Refs: ms,
+			Blobs: []wire.Blob{{Group: "room", Data: fmt.Append(nil, "state ", nonce)}}})
+	}
+	u.until(func() bool {
+		for _, st := range u.s.groupStates {
+			return st.writing && st.next != nil
+		}
+		return false
+	})
+	u.dies(home)
+	time.AfterFunc(50*time.Millisecond, goOn) // it could have begun from what there was
+	ad := next.expect(wire.TypeAdopt)
+	if len(ad.Blobs) != 1 || string(ad.Blobs[0].Data) != "state 2" {
+		t.Errorf("ADOPT with %+v", ad.Blobs)
+	}
 }
