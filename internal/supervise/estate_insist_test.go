@@ -3,6 +3,8 @@ package supervise
 import (
 	"bytes"
 	"errors"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -92,7 +94,7 @@ func TestKernelLayerWaitsForAnArenaOnce(t *testing.T) {
 // and it is said which ones.
 func TestDamagedArenaIsSaid(t *testing.T) {
 	u := newUnit(t)
-	var said bytes.Buffer
+	var said saying
 	f := u.worker(1)
 	ref := u.owned(f, false)
 	fd, err := sys.SharedMemfd("damaged", 1<<20)
@@ -113,7 +115,25 @@ func TestDamagedArenaIsSaid(t *testing.T) {
 	if batch[0].err != nil {
 		t.Error(batch[0].err)
 	}
-	if !bytes.Contains(said.Bytes(), []byte("count=1 sessions="+sid(ref.ID))) {
-		t.Errorf("said: %s", &said)
+	if text := said.String(); !strings.Contains(text, "count=1 sessions="+sid(ref.ID)) {
+		t.Errorf("said: %s", text)
 	}
+}
+
+// saying is a log that several goroutines write.
+type saying struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *saying) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *saying) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
 }
