@@ -16,7 +16,7 @@ type testPackage struct {
 // cannot hide among skipped ones.
 const hostOnly = "^TestHost"
 
-const defaultLimit = 4 * time.Minute
+const defaultLimit = 10 * time.Minute
 
 // testPackages run in this order; those that have no tests yet are left out.
 var testPackages = []testPackage{
@@ -34,7 +34,7 @@ var testPackages = []testPackage{
 	{path: "internal/demo", progs: true},
 	{path: "internal/bench", run: "^TestKernelLayer$", progs: true, limit: 12 * time.Minute},
 	// The rest of its tests is about the programs, not the kernel, and runs on the host.
-	{path: "internal/e2e", run: "^TestKernelLayer", progs: true, limit: 5 * time.Minute},
+	{path: "internal/e2e", run: "^TestKernelLayer", progs: true, limit: 12 * time.Minute},
 }
 
 // programs are built into the /bin of a guest in which a package wants them.

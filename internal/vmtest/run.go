@@ -32,7 +32,7 @@ type Options struct {
 	Jobs           int           // guests at the same time; 1
 	CPUs           int           // of a guest; 2
 	Memory         int           // of a guest, MiB; 2048
-	BootLimit      time.Duration // 10 minutes
+	BootLimit      time.Duration // 30 minutes
 	TestLimit      time.Duration // of the tests of a package, in place of its own
 	Verbose        bool          // every line of the tests
 	KeepDir        bool          // leave the folder with initramfs and consoles
@@ -95,7 +95,7 @@ func (o *Options) defaults() {
 		o.Memory = 2048
 	}
 	if o.BootLimit == 0 {
-		o.BootLimit = 10 * time.Minute
+		o.BootLimit = 30 * time.Minute
 	}
 }
 

@@ -82,7 +82,7 @@ func parse(args []string, stdout, stderr io.Writer) (*command, error) {
 	fs.IntVar(&o.CPUs, "cpus", 0, "processors of a guest")
 	fs.IntVar(&o.Memory, "memory", 0, "memory of a guest, in MiB")
 	fs.DurationVar(&o.BootLimit, "boot-limit", 0, "time limit of one guest")
-	fs.DurationVar(&c.limit, "limit", 22*time.Minute, "time limit of the whole run")
+	fs.DurationVar(&c.limit, "limit", 75*time.Minute, "time limit of the whole run")
 	fs.BoolVar(&o.Verbose, "v", env("VMTEST_VERBOSE") != "", "print every line of the tests (VMTEST_VERBOSE)")
 	fs.BoolVar(&o.KeepDir, "keep", false, "leave initramfs and consoles behind")
 	fs.BoolVar(&c.host, "host", false, "first run all tests on this machine; a machine that cannot run guests is then no failure, unless CI=true")
