@@ -176,8 +176,7 @@ func profileOnSignal(part string) (end func(), err error) {
 // ports.
 const perAddress = 20000
 
-// thinClients holds clients of crafted sessions at args[0]. "open N": let there be N.
-// "echo": each sends a byte and wants it back.
+// thinClients holds clients of crafted sessions at args[0], which keep clientOrders.
 func thinClients(args []string, in *bufio.Scanner, out io.Writer) error {
 	if len(args) != 1 {
 		return errors.New("the address is missing")
@@ -187,30 +186,41 @@ func thinClients(args []string, in *bufio.Scanner, out io.Writer) error {
 	}
 	var socks []*net.TCPConn
 	var conns []*ktls.Conn
+	return clientOrders(in, out, func(want int) (n int, err error) {
+		for len(socks) < want && err == nil {
+			var more []*net.TCPConn
+			more, err = openThin(args[0], len(socks), min(want-len(socks), openTogether))
+			socks = append(socks, more...)
+		}
+		return len(socks), err
+	}, func() error {
+		for len(conns) < len(socks) {
+			c, err := craftClient(socks[len(conns)])
+			if err != nil {
+				return err
+			}
+			conns = append(conns, c)
+		}
+		return echoAll(conns)
+	})
+}
+
+// clientOrders reads the orders of those who measure and answers each: "open N": let
+// there be N clients, and say how many there are; "echo": each sends a byte and wants it
+// back.
+func clientOrders(in *bufio.Scanner, out io.Writer, open func(want int) (int, error), echo func() error) error {
+	clients := 0
 	for in.Scan() {
-		word, n, _ := strings.Cut(in.Text(), " ")
+		word, arg, _ := strings.Cut(in.Text(), " ")
 		var err error
 		switch word {
 		case "open":
-			want, cerr := strconv.Atoi(n)
-			if err = cerr; err != nil {
-				break
-			}
-			for len(socks) < want && err == nil {
-				var more []*net.TCPConn
-				more, err = openThin(args[0], len(socks), min(want-len(socks), openTogether))
-				socks = append(socks, more...)
+			var want int
+			if want, err = strconv.Atoi(arg); err == nil {
+				clients, err = open(want)
 			}
 		case "echo":
-			for len(conns) < len(socks) && err == nil {
-				var c *ktls.Conn
-				if c, err = craftClient(socks[len(conns)]); err == nil {
-					conns = append(conns, c)
-				}
-			}
-			if err == nil {
-				err = echoAll(conns)
-			}
+			err = echo()
 		default:
 			err = fmt.Errorf("no such order: %q", word)
 		}
@@ -218,7 +228,7 @@ func thinClients(args []string, in *bufio.Scanner, out io.Writer) error {
 			fmt.Fprintln(out, "error", err)
 			continue
 		}
-		fmt.Fprintln(out, len(socks))
+		fmt.Fprintln(out, clients)
 	}
 	return in.Err()
 }

@@ -10,7 +10,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -80,7 +79,7 @@ func selfServer(_ []string, _ *bufio.Scanner, out io.Writer) error {
 	return u.Serve(ctx)
 }
 
-// talkingClients are clients of crypto/tls at args[0], with the orders of thinClients.
+// talkingClients are clients of crypto/tls at args[0], which keep clientOrders.
 func talkingClients(args []string, in *bufio.Scanner, out io.Writer) error {
 	if len(args) != 1 {
 		return errors.New("the address is missing")
@@ -89,30 +88,11 @@ func talkingClients(args []string, in *bufio.Scanner, out io.Writer) error {
 		return err
 	}
 	var conns []*tls.Conn
-	for in.Scan() {
-		word, n, _ := strings.Cut(in.Text(), " ")
-		var err error
-		switch word {
-		case "open":
-			want, cerr := strconv.Atoi(n)
-			if err = cerr; err != nil {
-				break
-			}
-			var more []*tls.Conn
-			more, err = openClients(args[0], want-len(conns))
-			conns = append(conns, more...)
-		case "echo":
-			err = talk(conns)
-		default:
-			err = fmt.Errorf("no such order: %q", word)
-		}
-		if err != nil {
-			fmt.Fprintln(out, "error", err)
-			continue
-		}
-		fmt.Fprintln(out, len(conns))
-	}
-	return in.Err()
+	return clientOrders(in, out, func(want int) (int, error) {
+		more, err := openClients(args[0], want-len(conns))
+		conns = append(conns, more...)
+		return len(conns), err
+	}, func() error { return talk(conns) })
 }
 
 func talk(conns []*tls.Conn) error {
