@@ -7,7 +7,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/vmtest/guest"
 )
 
@@ -37,26 +36,11 @@ func benchmarkCommit(b *testing.B, layer Layer, how string, size int) {
 	if layer == LayerKernel {
 		mode = ModeKernel
 	}
+	a := newTestArenaOf(b, commitArena, 16).a
 	client := testClientTLS(b)
 	client.MinVersion = tls.VersionTLS13
 	c, peer := connect(b, &Config{TLS: testServerTLS(b), Mode: mode}, client)
 	_ = c.SetDeadline(time.Time{})
-	fd, err := sys.SharedMemfd("arena", commitArena)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer sys.CloseAll([]int{fd})
-	mem, err := sys.MapShared(fd, commitArena)
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := FormatArena(mem, 16); err != nil {
-		b.Fatal(err)
-	}
-	a, err := OpenArena(mem)
-	if err != nil {
-		b.Fatal(err)
-	}
 	key := JournalKey{1, 1}
 	switch how {
 	case "journal":
@@ -118,23 +102,7 @@ func benchmarkCommit(b *testing.B, layer Layer, how string, size int) {
 func BenchmarkCommitAlone(b *testing.B) {
 	for _, size := range []int{100, 16 << 10} {
 		b.Run(fmt.Sprint(size), func(b *testing.B) {
-			fd, err := sys.SharedMemfd("arena", commitArena)
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer sys.CloseAll([]int{fd})
-			mem, err := sys.MapShared(fd, commitArena)
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer func() { _ = sys.Unmap(mem) }()
-			if err := FormatArena(mem, 16); err != nil {
-				b.Fatal(err)
-			}
-			a, err := OpenArena(mem)
-			if err != nil {
-				b.Fatal(err)
-			}
+			a := newTestArenaOf(b, commitArena, 16).a
 			c, _ := connect(b, &Config{TLS: testServerTLS(b), Mode: ModeSoftware}, testClientTLS(b))
 			k, err := a.NewCommits(c, JournalKey{1, 1}, nil, false)
 			if err != nil {

@@ -11,24 +11,8 @@ import (
 // Whatever a dead worker left in its arena, reading it gives an error or something within
 // the limits, and touches nothing outside of the arena.
 func TestCommitsOfAHostileWorker(t *testing.T) {
-	const size = 1 << 20
-	fd, err := sys.SharedMemfd("arena", size)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer sys.CloseAll([]int{fd})
-	mem, err := sys.MapShared(fd, size)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = sys.Unmap(mem) }) // after the Conn
-	if err := FormatArena(mem, 4); err != nil {
-		t.Fatal(err)
-	}
-	a, err := OpenArena(mem)
-	if err != nil {
-		t.Fatal(err)
-	}
+	ta := newTestArenaOf(t, 1<<20, 4)
+	a, mem := ta.a, ta.mem
 	c, _ := connect(t, &Config{TLS: testServerTLS(t), Mode: ModeSoftware}, testClientTLS(t))
 	c.Unread([]byte("some input"))
 	key := JournalKey{7, 9}

@@ -311,16 +311,7 @@ func commitsOverKills(t *testing.T, layer Layer, version uint16) {
 
 func startCommitting(t *testing.T, job *commitJob, sock *os.File) (mem []byte, cmd *exec.Cmd, ready io.Reader) {
 	t.Helper()
-	fd, err := sys.SharedMemfd("arena", commitArena)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if mem, err = sys.MapShared(fd, commitArena); err != nil {
-		t.Fatal(err)
-	}
-	if err := FormatArena(mem, 16); err != nil {
-		t.Fatal(err)
-	}
+	fd, mem := sharedArena(t, commitArena, 16)
 	var in bytes.Buffer
 	if err := gob.NewEncoder(&in).Encode(job); err != nil {
 		t.Fatal(err)
@@ -331,10 +322,11 @@ func startCommitting(t *testing.T, job *commitJob, sock *os.File) (mem []byte, c
 	cmd.Env = append(os.Environ(), commitChildEnv+"=1")
 	cmd.ExtraFiles = []*os.File{sock, file}
 	cmd.Stdin, cmd.Stderr = &in, os.Stderr
-	if ready, err = cmd.StdoutPipe(); err != nil {
-		t.Fatal(err)
+	ready, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
 	}
-	if err := cmd.Start(); err != nil {
+	if err != nil {
 		t.Fatal(err)
 	}
 	return mem, cmd, ready

@@ -4,8 +4,6 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
-
-	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 )
 
 // takesAll is a layer that sends files and pipes, in name.
@@ -43,20 +41,16 @@ func TestOutputBesideCommit(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			mem := commitMemory(t)
-			a, err := OpenArena(mem)
-			if err != nil {
-				t.Fatal(err)
-			}
+			ta := newTestArenaOf(t, 1<<20, 4)
 			c, _ := connect(t, &Config{TLS: testServerTLS(t), Mode: ModeSoftware}, testClientTLS(t))
 			key := JournalKey{7, 9}
-			if _, err := a.NewCommits(c, key, nil, false); err != nil {
+			if _, err := ta.a.NewCommits(c, key, nil, false); err != nil {
 				t.Fatal(err)
 			}
 			record := (&record{V: recordVersion, ID: c.facts.ID, Layer: LayerKernel}).encode(nil)
 			exact := func() bool {
 				t.Helper()
-				l, err := OpenCommits(mem)
+				l, err := OpenCommits(ta.mem)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -90,24 +84,4 @@ func must(t *testing.T) func(int, error) {
 			t.Fatal(err)
 		}
 	}
-}
-
-// commitMemory is an arena for a few sessions.
-func commitMemory(t *testing.T) []byte {
-	t.Helper()
-	const size = 1 << 20
-	fd, err := sys.SharedMemfd("arena", size)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer sys.CloseAll([]int{fd})
-	mem, err := sys.MapShared(fd, size)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = sys.Unmap(mem) }) // after the Conn
-	if err := FormatArena(mem, 4); err != nil {
-		t.Fatal(err)
-	}
-	return mem
 }

@@ -450,18 +450,8 @@ func newKilledPeer(t *testing.T, i int, version, suite uint16) *killedPeer {
 // runKilled lets a process own the sessions for a moment.
 func runKilled(t *testing.T, owner, notes int, peers []*killedPeer) (j *Journals, commits *CommitLog, done func()) {
 	t.Helper()
-	arena, err := sys.SharedMemfd("arena", killArena)
-	if err != nil {
-		t.Fatal(err)
-	}
+	arena, mem := sharedArena(t, killArena, killSlots)
 	defer sys.CloseAll([]int{arena})
-	mem, err := sys.MapShared(arena, killArena)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := FormatArena(mem, killSlots); err != nil {
-		t.Fatal(err)
-	}
 	a, b, err := sys.PacketPair()
 	if err != nil {
 		t.Fatal(err)

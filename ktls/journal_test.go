@@ -21,23 +21,30 @@ func newTestArena(t testing.TB) *testArena {
 
 func newTestArenaOf(t testing.TB, size, slots int) *testArena {
 	t.Helper()
+	fd, mem := sharedArena(t, size, slots)
+	sys.CloseAll([]int{fd})
+	t.Cleanup(func() { _ = sys.Unmap(mem) }) // after the Conns that come later
+	a, err := OpenArena(mem)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &testArena{mem: mem, a: a}
+}
+
+// sharedArena makes an arena. Descriptor and mapping are the caller's.
+func sharedArena(t testing.TB, size, slots int) (fd int, mem []byte) {
+	t.Helper()
 	fd, err := sys.SharedMemfd("arena", int64(size))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer sys.CloseAll([]int{fd})
-	ta := &testArena{}
-	if ta.mem, err = sys.MapShared(fd, size); err != nil {
+	if mem, err = sys.MapShared(fd, size); err == nil {
+		err = FormatArena(mem, slots)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = sys.Unmap(ta.mem) })
-	if err := FormatArena(ta.mem, slots); err != nil {
-		t.Fatal(err)
-	}
-	if ta.a, err = OpenArena(ta.mem); err != nil {
-		t.Fatal(err)
-	}
-	return ta
+	return fd, mem
 }
 
 // journal begins the journal of c, in a place of its own.
