@@ -10,28 +10,34 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
-// When the time of stopping is over, a session that could not be closed keeps its place:
-// its Conn may still write there.
-func TestForcedStopSharesNoPlace(t *testing.T) {
+// startInArena starts a worker whose arena has a place for one session.
+func startInArena(t *testing.T, h HandlerFunc) (p *proc, mem []byte) {
+	t.Helper()
 	const size = 1 << 20
 	fd, err := sys.SharedMemfd("arena", size)
 	if err != nil {
 		t.Fatal(err)
 	}
-	mem, err := sys.MapShared(fd, size)
-	if err != nil {
+	if mem, err = sys.MapShared(fd, size); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = sys.Unmap(mem) })
 	if err := ktls.FormatArena(mem, 1); err != nil {
 		t.Fatal(err)
 	}
-	release := make(chan struct{})
-	p := startRaw(t, func(context.Context, *Conn) error { <-release; return nil })
+	p = startRaw(t, h)
 	p.expect(wire.TypeHello)
 	p.send(&wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: 1, Worker: 1, Pool: "test", FreezeTimeout: 5000, Arena: size}, File: fd})
 	sys.CloseAll([]int{fd})
 	p.expect(wire.TypeReady)
+	return p, mem
+}
+
+// When the time of stopping is over, a session that could not be closed keeps its place:
+// its Conn may still write there.
+func TestForcedStopSharesNoPlace(t *testing.T) {
+	release := make(chan struct{})
+	p, mem := startInArena(t, func(context.Context, *Conn) error { <-release; return nil })
 	s := software(t)
 	p.give(s)
 	arena := make(chan *ktls.Arena, 1)
@@ -52,24 +58,7 @@ func TestForcedStopSharesNoPlace(t *testing.T) {
 // A session that found no place in the arena is counted, and gets one when another has
 // left, without a move.
 func TestPlaceInArenaLater(t *testing.T) {
-	const size = 1 << 20
-	fd, err := sys.SharedMemfd("arena", size)
-	if err != nil {
-		t.Fatal(err)
-	}
-	mem, err := sys.MapShared(fd, size)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = sys.Unmap(mem) })
-	if err := ktls.FormatArena(mem, 1); err != nil {
-		t.Fatal(err)
-	}
-	p := startRaw(t, echoHandler)
-	p.expect(wire.TypeHello)
-	p.send(&wire.Message{Type: wire.TypeWelcome, Welcome: &wire.Welcome{Version: 1, Worker: 1, Pool: "test", FreezeTimeout: 5000, Arena: size}, File: fd})
-	sys.CloseAll([]int{fd})
-	p.expect(wire.TypeReady)
+	p, mem := startInArena(t, echoHandler)
 	exposed := func() uint64 {
 		t.Helper()
 		p.w.in.post(p.w.countExposed) // as every few seconds
