@@ -77,18 +77,27 @@ func TestSplitGroupDoesNotWaitForEver(t *testing.T) {
 	}
 }
 
-// To take sessions from a worker that has a member of a group is not to take the group
-// from the worker that is its home.
-func TestStrayMemberDoesNotMoveItsGroup(t *testing.T) {
-	u := newUnit(t)
-	home := u.worker(1)
+// strayed is a unit in which a member of a group is away from home.
+func strayed(t *testing.T) (u *unit, home, away *fake, ref wire.Ref) {
+	t.Helper()
+	u = newUnit(t)
+	home = u.worker(1)
 	u.members(home, 1, "room")
-	away := u.worker(1)
-	ref := u.owned(away, true)
-	other := u.worker(1)
+	away = u.worker(1)
+	ref = u.owned(away, true)
 	u.s.call(func() {
 		k := u.pool.groupKey("room")
 		u.s.m.Restore(&u.s.sessions[ref.ID].Session, &away.w.Worker, &k)
+	})
+	return u, home, away, ref
+}
+
+// To take sessions from a worker that has a member of a group is not to take the group
+// from the worker that is its home.
+func TestStrayMemberDoesNotMoveItsGroup(t *testing.T) {
+	u, home, away, _ := strayed(t)
+	other := u.worker(1)
+	u.s.call(func() {
 		if n, _ := u.s.shift(away.w, other.w, 1, func(int, int) bool { return true }); n != 0 {
 			t.Errorf("%d sessions under way", n)
 		}
@@ -112,28 +121,7 @@ func TestSplitGroupPaysKeyUpdatesLater(t *testing.T) {
 
 // A member that is elsewhere than its group follows it when its worker is to go.
 func TestStrayMemberFollowsItsGroup(t *testing.T) {
-	u := newUnit(t)
-	home := u.worker(1)
-	u.members(home, 1, "room")
-	away := u.worker(1)
-	ref := u.owned(away, true)
-	u.s.call(func() {
-		k := u.pool.groupKey("room")
-		u.s.m.Restore(&u.s.sessions[ref.ID].Session, &away.w.Worker, &k)
-		away.w.state = workerRetiring
-	})
-	fr := away.expect(wire.TypeFreeze)
-	if fr.Group != "" || len(fr.Refs) != 1 || fr.Refs[0].ID != ref.ID {
-		t.Fatalf("FREEZE %+v", fr)
-	}
-	away.send(parkedItem(fr.Refs[0], "rec"))
-	it := home.expect(wire.TypeAdopt).Items[0]
-	if it.Group != "room" {
-		t.Fatalf("ADOPT %+v", it)
-	}
-	home.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(it.Ref)})
-	home.expect(wire.TypeResume)
-	if _, e := u.owner(ref.ID); e.Group != "room" || e.Owner != home.w.ID {
-		t.Errorf("the ledger says %+v", e)
-	}
+	u, home, away, ref := strayed(t)
+	u.s.call(func() { away.w.state = workerRetiring })
+	u.comesHome(home, away, ref)
 }

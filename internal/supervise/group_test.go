@@ -27,6 +27,26 @@ func (u *unit) members(f *fake, n int, name string) []wire.Ref {
 	return out
 }
 
+// comesHome takes a session to the home of the group "room", alone.
+func (u *unit) comesHome(home, away *fake, ref wire.Ref) {
+	u.t.Helper()
+	fr := away.expect(wire.TypeFreeze)
+	if fr.Group != "" || len(fr.Refs) != 1 || fr.Refs[0].ID != ref.ID {
+		u.t.Fatalf("FREEZE %+v", fr)
+	}
+	away.send(parkedItem(fr.Refs[0], "rec"))
+	it := home.expect(wire.TypeAdopt).Items[0]
+	if it.Group != "room" || it.Ref != fr.Refs[0] {
+		u.t.Fatalf("ADOPT %+v", it)
+	}
+	home.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(it.Ref)})
+	home.expect(wire.TypeResume)
+	away.expect(wire.TypeRelease)
+	if _, e := u.owner(ref.ID); e.Group != "room" || e.Owner != home.w.ID {
+		u.t.Errorf("the ledger says %+v", e)
+	}
+}
+
 func parkGroup(name string, tries []wire.Ref, last bool) *wire.Message {
 	m := &wire.Message{Type: wire.TypeParked, Group: name, Last: last}
 	for _, r := range tries {
@@ -117,21 +137,7 @@ func TestJoinElsewhereMovesTheSession(t *testing.T) {
 	away := u.worker(1)
 	ref := u.owned(away, true)
 	away.send(&wire.Message{Type: wire.TypeGroup, Refs: refs(ref), Group: "room"})
-	fr := away.expect(wire.TypeFreeze)
-	if fr.Group != "" || fr.Refs[0].ID != ref.ID {
-		t.Fatalf("FREEZE %+v", fr)
-	}
-	away.send(parkedItem(fr.Refs[0], "rec"))
-	it := home.expect(wire.TypeAdopt).Items[0]
-	if it.Group != "room" || it.Ref != fr.Refs[0] {
-		t.Fatalf("ADOPT %+v", it)
-	}
-	home.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(it.Ref)})
-	home.expect(wire.TypeResume)
-	away.expect(wire.TypeRelease)
-	if _, e := u.owner(ref.ID); e.Group != "room" || e.Owner != home.w.ID {
-		t.Errorf("the ledger says %+v", e)
-	}
+	u.comesHome(home, away, ref)
 	u.s.call(func() {
 		if n := len(u.s.m.Groups()[u.pool.groupKey("room")].Members); n != 2 {
 			t.Errorf("%d members, want 2", n)
