@@ -88,13 +88,7 @@ func TestCanaryThatFailsGoesBack(t *testing.T) {
 		}, "aborted by the operator", 0},
 	} {
 		t.Run(name, func(t *testing.T) {
-			u := newUnit(t)
-			old := u.worker(1)
-			old.play()
-			for range 10 {
-				u.session(false) // those of a worker that dies go on in another
-			}
-			u.allOwned()
+			u, old := serving(t, 10)
 			young, ch := u.watched(upgradeOptions{canary: 50, soak: long})
 			p := young.play()
 			u.awaitPhase(opSoaking)
@@ -234,13 +228,7 @@ func TestProbation(t *testing.T) {
 		"is well": {func(u *unit, young *fake) { u.s.call(func() { u.pool.op.deadline = u.s.now() }) }, 2, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
-			u := newUnit(t)
-			old := u.worker(1)
-			old.play()
-			for range 6 {
-				u.session(false)
-			}
-			u.allOwned()
+			u, old := serving(t, 6)
 			young, ch := u.watched(upgradeOptions{probation: long})
 			young.play()
 			u.awaitPhase(opProbation)

@@ -8,13 +8,7 @@ import (
 // When the old generation cannot restore what the new one writes, sessions do not go back
 // to it, also not those whose new worker has just died: they wait for another new one.
 func TestNoWayBackForSessionsOfADeadWorker(t *testing.T) {
-	u := newUnit(t)
-	old := u.worker(1)
-	old.play()
-	for range 6 {
-		u.session(false)
-	}
-	u.allOwned()
+	u, old := serving(t, 6)
 	young, ch := u.watched(upgradeOptions{probation: long, noReturn: true})
 	young.play()
 	u.awaitPhase(opProbation)

@@ -131,6 +131,20 @@ func (u *unit) sessions(n int) {
 	u.allOwned()
 }
 
+// serving is a unit with a worker of generation 1 that plays along and has n sessions of
+// the kernel layer: those of a worker that dies go on in another.
+func serving(t *testing.T, n int) (u *unit, old *fake) {
+	t.Helper()
+	u = newUnit(t)
+	old = u.worker(1)
+	old.play()
+	for range n {
+		u.session(false)
+	}
+	u.allOwned()
+	return u, old
+}
+
 func (u *unit) allOwned() {
 	u.t.Helper()
 	u.until(func() bool {

@@ -81,6 +81,18 @@ func (u *unit) dies(f *fake, handling ...wire.Ref) {
 	})
 }
 
+// quarantined is a unit whose only worker died over its session, which is in quarantine.
+func quarantined(t *testing.T) (u *unit, pass func(d time.Duration), ward *fake) {
+	t.Helper()
+	u, pass = poisonable(t)
+	f := u.marked()
+	u.dies(f, u.owned(f, false))
+	ward = u.ward() // not before: without a suspect it would be stopped
+	pass(200 * time.Millisecond)
+	ward.adopts(1)
+	return u, pass, ward
+}
+
 // adopts takes n sessions, in any number of messages.
 func (f *fake) adopts(n int) (got []wire.Ref) {
 	f.t.Helper()
@@ -145,13 +157,7 @@ func TestPoisonIsQuarantinedAndThenClosed(t *testing.T) {
 
 // A new session never goes to the quarantine worker.
 func TestQuarantineTakesSuspectsOnly(t *testing.T) {
-	u, pass := poisonable(t)
-	f := u.marked()
-	own := u.owned(f, false)
-	u.dies(f, own)
-	ward := u.ward()
-	pass(200 * time.Millisecond)
-	ward.adopts(1)
+	u, _, ward := quarantined(t)
 	id := u.session(false)
 	u.silent(ward)
 	if m := u.worker(1).expect(wire.TypeAdopt); m.Items[0].ID != id {
@@ -349,13 +355,7 @@ func TestSuspectsOutliveTheSupervisor(t *testing.T) {
 // A worker that was the quarantine of a generation, and is not any more, is emptied when
 // that generation serves again.
 func TestFormerQuarantineIsNotKept(t *testing.T) {
-	u, pass := poisonable(t)
-	f := u.marked()
-	own := u.owned(f, false)
-	u.dies(f, own)
-	ward := u.ward()
-	pass(200 * time.Millisecond)
-	ward.adopts(1)
+	u, pass, ward := quarantined(t)
 	u.s.call(func() { u.s.serve(u.pool, 2, u.pool.command) })
 	pass(100 * time.Millisecond)
 	u.s.call(func() { u.s.serve(u.pool, 1, u.pool.command) })
