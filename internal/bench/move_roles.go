@@ -109,30 +109,32 @@ func moveKeeper(args []string, log hclog.Logger) error {
 
 const releasedMark = "BENCH RELEASED "
 
-// moveWorker echoes. Every session carries stateSize bytes that say which it is. When
-// it has given everything away it prints when that was.
+// echoWithState echoes. Every session carries stateSize bytes that say which it is.
+func echoWithState(_ context.Context, c *handoff.Conn) error {
+	st := c.State()
+	switch {
+	case st == nil:
+		st = make([]byte, stateSize)
+		binary.LittleEndian.PutUint64(st, c.ID())
+		c.SetState(st)
+	case len(st) != stateSize || binary.LittleEndian.Uint64(st) != c.ID():
+		return fmt.Errorf("session %d came with the state of another", c.ID())
+	}
+	_, err := io.Copy(c, c)
+	return err
+}
+
+// moveWorker serves with echoWithState. When it has given everything away it prints when
+// that was.
 func moveWorker(out io.Writer) error {
 	if _, err := sys.RaiseNofile(); err != nil {
-		return err
-	}
-	serve := func(_ context.Context, c *handoff.Conn) error {
-		st := c.State()
-		switch {
-		case st == nil:
-			st = make([]byte, stateSize)
-			binary.LittleEndian.PutUint64(st, c.ID())
-			c.SetState(st)
-		case len(st) != stateSize || binary.LittleEndian.Uint64(st) != c.ID():
-			return fmt.Errorf("session %d came with the state of another", c.ID())
-		}
-		_, err := io.Copy(c, c)
 		return err
 	}
 	var opts []handoff.Option
 	if os.Getenv(envRest) == "1" {
 		opts = append(opts, handoff.WithRest(restAfter))
 	}
-	err := handoff.Serve(context.Background(), handoff.HandlerFunc(serve), opts...)
+	err := handoff.Serve(context.Background(), handoff.HandlerFunc(echoWithState), opts...)
 	cpu, cerr := cpuTime()
 	if cerr != nil {
 		return cerr

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -35,20 +34,7 @@ func selfServer(_ []string, _ *bufio.Scanner, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	serve := func(_ context.Context, c *handoff.Conn) error {
-		st := c.State()
-		switch {
-		case st == nil:
-			st = make([]byte, stateSize)
-			binary.LittleEndian.PutUint64(st, c.ID())
-			c.SetState(st)
-		case len(st) != stateSize || binary.LittleEndian.Uint64(st) != c.ID():
-			return fmt.Errorf("session %d came with the state of another", c.ID())
-		}
-		_, err := io.Copy(c, c)
-		return err
-	}
-	u, err := handoff.NewUpgrader(handoff.HandlerFunc(serve), handoff.WithRest(restAfter))
+	u, err := handoff.NewUpgrader(handoff.HandlerFunc(echoWithState), handoff.WithRest(restAfter))
 	if err != nil {
 		return err
 	}
