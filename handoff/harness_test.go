@@ -78,23 +78,29 @@ func startProc(t *testing.T, h HandlerFunc, opts ...Option) *proc {
 	return p
 }
 
-func startRaw(t *testing.T, h HandlerFunc, opts ...Option) *proc {
+// channels are the two ends of a control channel. They are the caller's.
+func channels(t *testing.T) (near, far *wire.Channel) {
 	t.Helper()
 	a, b, err := sys.PacketPair()
 	if err != nil {
 		t.Fatal(err)
 	}
-	wch, err := wire.NewChannel(b)
-	if err != nil {
+	if near, err = wire.NewChannel(a); err != nil {
 		t.Fatal(err)
 	}
-	p := &proc{t: t, done: make(chan error, 1), msgs: make(chan *wire.Message, 1<<14)}
-	if p.ch, err = wire.NewChannel(a); err != nil {
+	if far, err = wire.NewChannel(b); err != nil {
 		t.Fatal(err)
 	}
+	return near, far
+}
+
+func startRaw(t *testing.T, h HandlerFunc, opts ...Option) *proc {
+	t.Helper()
+	near, far := channels(t)
+	p := &proc{t: t, ch: near, done: make(chan error, 1), msgs: make(chan *wire.Message, 1<<14)}
 	ctx, cancel := context.WithCancel(t.Context())
 	p.stop = cancel
-	p.w = newWorker(ctx, wch, h, newOptions(append([]Option{WithLogger(hclog.NewNullLogger())}, opts...)))
+	p.w = newWorker(ctx, far, h, newOptions(append([]Option{WithLogger(hclog.NewNullLogger())}, opts...)))
 	go func() { p.done <- p.w.serve(ctx, nil) }()
 	recvDone := make(chan struct{})
 	go func() {

@@ -7,7 +7,6 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
-	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
 
@@ -15,18 +14,8 @@ import (
 // what it has of it: otherwise it would refuse these sessions ever after, and not end.
 func TestUpgraderGroupOfferedInPart(t *testing.T) {
 	pair := func() (near *line, far *wire.Channel) {
-		a, b, err := sys.PacketPair()
-		if err != nil {
-			t.Fatal(err)
-		}
-		ca, err := wire.NewChannel(a)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if far, err = wire.NewChannel(b); err != nil {
-			t.Fatal(err)
-		}
-		near = newLine(ca)
+		ch, far := channels(t)
+		near = newLine(ch)
 		t.Cleanup(func() { near.finish(time.Second); _ = far.Close() })
 		return near, far
 	}
