@@ -20,11 +20,6 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
-func software(t *testing.T) *sess {
-	t.Helper()
-	return newSession(t, ktls.ModeSoftware, 0)
-}
-
 // clientConn is a client's TLS session.
 type clientConn interface {
 	net.Conn
@@ -77,6 +72,11 @@ func newSession(t *testing.T, mode ktls.Mode, version uint16) *sess {
 	return newSessionOf(t, mode, func(addr string) (clientConn, error) {
 		return tls.Dial("tcp", addr, &tls.Config{InsecureSkipVerify: true, MinVersion: version, MaxVersion: version})
 	})
+}
+
+func software(t *testing.T) *sess {
+	t.Helper()
+	return newSession(t, ktls.ModeSoftware, 0)
 }
 
 func newSessionOf(t *testing.T, mode ktls.Mode, dial func(addr string) (clientConn, error)) *sess {

@@ -46,14 +46,10 @@ func newWire(t *testing.T, id uint64) *wire {
 	return w
 }
 
-func (w *wire) ID() uint64 { return w.id }
-
-func (w *wire) State() []byte { return w.state }
-
-func (w *wire) SetState(b []byte) { w.state = b }
-
-func (w *wire) Interrupted() bool { return w.crashed }
-
+func (w *wire) ID() uint64                         { return w.id }
+func (w *wire) State() []byte                      { return w.state }
+func (w *wire) SetState(b []byte)                  { w.state = b }
+func (w *wire) Interrupted() bool                  { return w.crashed }
 func (w *wire) SetWriteDeadline(t time.Time) error { return nil }
 
 func (w *wire) Group() string {
