@@ -18,6 +18,10 @@ func (h *host) admit(a *arrival, done func(error)) {
 		done(ErrReplaced)
 		return
 	}
+	if !h.ready { // the worker would take an ADOPT for a breach of the protocol
+		h.early = append(h.early, func() { h.admit(a, done) })
+		return
+	}
 	e := h.nextEpoch()
 	id := uint64(e) // no other process of the row counts with this number
 	h.residents[id] = &resident{id: id, owner: e}

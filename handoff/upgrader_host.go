@@ -42,6 +42,7 @@ type host struct {
 	role       hostRole
 	ended      bool     // the loop has ended; what was posted is only cleaned up
 	ready      bool     // the worker takes sessions
+	early      []func() // what waits for that
 	revoked    *os.File // pipe from the old process; nil when it gave none
 	inheriting bool     // the old process died, and what it had offered is ours
 	retired    bool     // the worker was told to end with its last session
@@ -222,6 +223,16 @@ func (h *host) cleanUp() {
 	for _, f := range h.in.take() {
 		f()
 	}
+	h.endEarly()
+}
+
+// endEarly goes on with what waited for the worker, or for the end.
+func (h *host) endEarly() {
+	l := h.early
+	h.early = nil
+	for _, f := range l {
+		f()
+	}
 }
 
 // heard takes a message, or the end of a channel.
@@ -271,6 +282,7 @@ func (h *host) fromWorker(m *wire.Message) error {
 	case wire.TypeReady:
 		h.ready = true
 		h.workerReady()
+		h.endEarly()
 	case wire.TypeAdopted:
 		h.adopted(m.Refs)
 	case wire.TypeRefused:

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
+
 	"github.com/ktlsvisor/ktlsvisor/internal/vmtest/guest"
 	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
@@ -257,6 +259,53 @@ func TestUpgraderClientSessions(t *testing.T) {
 	}
 	if err := p.u.Dial(t.Context(), "tcp", ln.Addr().String(), &ktls.Config{TLS: clientTLS()}, nil); !errors.Is(err, ErrStopped) {
 		t.Errorf("a session for a process that has ended: %v", err)
+	}
+}
+
+// A session that the program begins before its Upgrader serves waits for that, as do
+// those that come before the handlers can be run.
+func TestUpgraderAdoptsBeforeItServes(t *testing.T) {
+	ln, err := ktls.Listen("tcp", "127.0.0.1:0", &ktls.Config{TLS: serverTLS(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ln.Close() }()
+	o := newOptions([]Option{WithLogger(hclog.NewNullLogger())})
+	o.embed.defaults()
+	u, err := newUpgrader(HandlerFunc(echoHandler), o, newFlip(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dialed := make(chan error, 1)
+	go func() {
+		dialed <- u.Dial(t.Context(), "tcp", ln.Addr().String(), &ktls.Config{TLS: clientTLS()}, nil)
+	}()
+	srv, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = srv.Close() }()
+	await(t, "the session waits", func() bool {
+		u.h.in.mu.Lock()
+		defer u.h.in.mu.Unlock()
+		return len(u.h.in.list) == 1
+	})
+	ctx, stop := context.WithCancel(t.Context())
+	served := make(chan error, 1)
+	go func() { served <- u.Serve(ctx) }()
+	if err := <-dialed; err != nil {
+		t.Fatal(err)
+	}
+	_ = srv.SetDeadline(time.Now().Add(patience))
+	buf := make([]byte, 5)
+	if _, err := io.WriteString(srv, "hello"); err != nil {
+		t.Error(err)
+	} else if _, err := io.ReadFull(srv, buf); err != nil || string(buf) != "hello" {
+		t.Errorf("%q, %v", buf, err)
+	}
+	stop()
+	if err := <-served; err != nil {
+		t.Error(err)
 	}
 }
 
