@@ -13,11 +13,7 @@ import (
 // A move that is called off while the handler runs is not even noticed by a handler
 // that does not look.
 func TestThawWhileRunning(t *testing.T) {
-	h := newStepHandler()
-	p := startProc(t, h.serve)
-	s := software(t)
-	p.give(s)
-	c := h.wait(t)
+	h, p, s, c := stepping(t)
 	e := newEpoch()
 	p.refs(wire.TypeFreeze, s.ref(e))
 	<-c.Moving()
@@ -49,11 +45,7 @@ func TestThawWhileRunning(t *testing.T) {
 // A handler that returns ErrMoving after the move was called off is started again,
 // with its state, on the same Conn.
 func TestThawCrossesReturn(t *testing.T) {
-	h := newStepHandler()
-	p := startProc(t, h.serve)
-	s := software(t)
-	p.give(s)
-	c := h.wait(t)
+	h, p, s, c := stepping(t)
 	e := newEpoch()
 	p.refs(wire.TypeFreeze, s.ref(e))
 	<-c.Moving()
@@ -78,11 +70,7 @@ func TestThawCrossesReturn(t *testing.T) {
 }
 
 func TestThawOfParked(t *testing.T) {
-	h := newStepHandler()
-	p := startProc(t, h.serve)
-	s := software(t)
-	p.give(s)
-	c := h.wait(t)
+	h, p, s, c := stepping(t)
 	go func() {
 		h.do <- func(_ context.Context, c *Conn) error {
 			c.SetState([]byte("kept"))

@@ -14,11 +14,7 @@ import (
 
 // A handler that holds gets its input and sends its output although a move is wanted.
 func TestHold(t *testing.T) {
-	h := newStepHandler()
-	p := startProc(t, h.serve)
-	s := software(t)
-	p.give(s)
-	c := h.wait(t)
+	h, p, s, c := stepping(t)
 	h.do <- func(_ context.Context, c *Conn) error {
 		release := c.Hold()
 		buf := make([]byte, 4)
@@ -48,11 +44,7 @@ func TestHold(t *testing.T) {
 // The application's deadlines are its own: an interrupt by a move does not change
 // them.
 func TestDeadlines(t *testing.T) {
-	h := newStepHandler()
-	p := startProc(t, h.serve)
-	s := software(t)
-	p.give(s)
-	c := h.wait(t)
+	h, p, s, c := stepping(t)
 	_ = c.SetReadDeadline(time.Now().Add(-time.Second))
 	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Fatalf("expired deadline: %v", err)
@@ -96,11 +88,7 @@ func TestTooLarge(t *testing.T) {
 		"unread": {func(c *Conn) { c.Unread([]byte(huge)) }, huge},
 	} {
 		t.Run(name, func(t *testing.T) {
-			h := newStepHandler()
-			p := startProc(t, h.serve)
-			s := software(t)
-			p.give(s)
-			h.wait(t)
+			h, p, s, _ := stepping(t)
 			go func() {
 				h.do <- func(ctx context.Context, c *Conn) error {
 					<-c.Moving()

@@ -105,11 +105,7 @@ func TestStalledEcho(t *testing.T) {
 
 // What a writer does not take is read again.
 func TestCopyGivesBack(t *testing.T) {
-	h := newStepHandler()
-	p := startProc(t, h.serve)
-	s := software(t)
-	p.give(s)
-	h.wait(t)
+	h, _, s, _ := stepping(t)
 	type result struct {
 		n   int64
 		err error

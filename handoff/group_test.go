@@ -272,11 +272,7 @@ func TestGroupFailures(t *testing.T) {
 }
 
 func TestJoinGroup(t *testing.T) {
-	h := newStepHandler()
-	p := startProc(t, h.serve)
-	s := software(t)
-	p.give(s)
-	c := h.wait(t)
+	h, p, s, c := stepping(t)
 	defer close(h.do)
 	join := func(ctx context.Context, name string) chan error {
 		ch := make(chan error, 1)

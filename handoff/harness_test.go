@@ -169,6 +169,14 @@ func (p *proc) expect(typ wire.Type) *wire.Message {
 	}
 }
 
+// connOf is the Conn of a session that p has.
+func (p *proc) connOf(s *sess) (c *Conn) {
+	done := make(chan struct{})
+	p.w.in.post(func() { c = p.w.sessions[s.id].conn; close(done) })
+	<-done
+	return c
+}
+
 // quiet checks that no message of a type has come: the worker answered a PING after
 // whatever else it had to say.
 func (p *proc) quiet(typ wire.Type) {

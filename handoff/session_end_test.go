@@ -75,11 +75,7 @@ func TestReasons(t *testing.T) {
 
 // A peer that goes away while the session is on its way to a safe point.
 func TestPeerResetsInFreeze(t *testing.T) {
-	h := newStepHandler()
-	p := startProc(t, h.serve)
-	s := software(t)
-	p.give(s)
-	c := h.wait(t)
+	h, p, s, c := stepping(t)
 	e := newEpoch()
 	h.do <- func(_ context.Context, c *Conn) error {
 		release := c.Hold()

@@ -32,12 +32,7 @@ func TestSupervisorGone(t *testing.T) {
 		s.say("x", "x")
 	}
 	e := p.freeze(parked)
-	var conn *Conn
-	{
-		done := make(chan struct{})
-		p.w.in.post(func() { conn = p.w.sessions[freezing.id].conn; close(done) })
-		<-done
-	}
+	conn := p.connOf(freezing)
 	release := conn.Hold()
 	p.refs(wire.TypeFreeze, freezing.ref(newEpoch()))
 	p.inventory()
@@ -63,7 +58,9 @@ func TestSupervisorGone(t *testing.T) {
 	}
 	_ = parked.cli.CloseWrite()
 	q.expect(wire.TypeClosed)
-	_ = before
+	if after := countFDs(t); after != before { // the channel of q instead of that of p
+		t.Errorf("%d descriptors before, %d after", before, after)
+	}
 }
 
 // waitThawed is closed when no move of c is wanted any more.
@@ -160,11 +157,7 @@ func TestOutOfDescriptors(t *testing.T) {
 		t.Errorf("REFUSED %+v", m.Refused)
 	}
 	// A large state needs a memory file; without one the session stays and goes on.
-	var conn *Conn
-	done := make(chan struct{})
-	p.w.in.post(func() { conn = p.w.sessions[busy.id].conn; close(done) })
-	<-done
-	conn.SetState(make([]byte, 1<<20))
+	p.connOf(busy).SetState(make([]byte, 1<<20))
 	p.refs(wire.TypeFreeze, busy.ref(newEpoch()))
 	busy.say("after a move that failed", "after a move that failed")
 	p.quiet(wire.TypeParked)
