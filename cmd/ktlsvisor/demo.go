@@ -27,8 +27,8 @@ every byte they get back, then, under their eyes: upgrade the workers, upgrade t
 supervisor, kill the supervisor with -9, kill a worker with -9. It needs no files, no
 root and no kernel TLS, listens on loopback only and leaves nothing behind.
 
-Where sessions are in the software layer (no kernel TLS), killing a worker is left
-out, and the demo says so.
+Connections that had data in the worker that was killed stay open; that data is gone,
+and the demo says how many there were.
 
 Exit code 0: no connection was lost, no byte was wrong; 1: a step failed;
 3: a connection was lost, or a byte was wrong.`,

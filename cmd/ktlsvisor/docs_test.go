@@ -3,13 +3,16 @@ package main
 import (
 	"bytes"
 	"os"
+	"reflect"
 	"strings"
 	"testing"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/admin"
 	"github.com/ktlsvisor/ktlsvisor/internal/config"
+	"github.com/ktlsvisor/ktlsvisor/internal/demo"
 )
 
 func read(t *testing.T, path string) string {
@@ -72,6 +75,46 @@ func TestDocsConfiguration(t *testing.T) {
 	text = strings.Replace(text, `command = ["ktlsvisor",`, `command = ["sh",`, 1)
 	if _, err := config.Parse("docs/cli.md", []byte(text)); err != nil {
 		t.Errorf("the configuration in docs/cli.md:\n%v", err)
+	}
+}
+
+// What the answers and the configuration have, docs/cli.md explains.
+func TestDocsNameEveryField(t *testing.T) {
+	doc := read(t, "docs/cli.md")
+	words := map[string]bool{}
+	for w := range strings.FieldsFuncSeq(doc, func(r rune) bool { return r != '_' && (r < 'a' || r > 'z') && (r < '0' || r > '9') }) {
+		words[w] = true
+	}
+	seen := map[reflect.Type]bool{}
+	var visit func(reflect.Type)
+	visit = func(typ reflect.Type) {
+		switch typ.Kind() {
+		case reflect.Pointer, reflect.Slice, reflect.Map:
+			visit(typ.Elem())
+			return
+		case reflect.Struct:
+		default:
+			return
+		}
+		if seen[typ] {
+			return
+		}
+		seen[typ] = true
+		for i := range typ.NumField() {
+			f := typ.Field(i)
+			name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+			if !f.IsExported() || name == "" || name == "-" {
+				continue
+			}
+			if !words[name] {
+				t.Errorf("docs/cli.md does not know %q of %s", name, typ)
+			}
+			visit(f.Type)
+		}
+	}
+	for _, v := range []any{config.Config{}, admin.Status{}, admin.Session{}, admin.UpgradeReport{}, admin.SupervisorReport{},
+		admin.TaskReport{}, admin.UpgradePlan{}, admin.RekeyReport{}, demo.Report{}, doctorReport{}} {
+		visit(reflect.TypeOf(v))
 	}
 }
 

@@ -11,15 +11,17 @@ const (
 	exitFailed  = 1 // failed, refused, or rolled back; nothing was lost
 	exitUsage   = 2
 	exitLost    = 3 // something was lost
-	exitStay    = 4 // some sessions stay with the old generation, or their old keys, for now
+	exitStay    = 4 // some sessions stay where they are, or with their old keys, for now
 	exitSignal  = 130
 	exitCodeDoc = `Exit codes:
   0  done (upgrade: everything moved)
   1  failed, refused or rolled back; nothing was lost
   2  the command line is wrong
   3  something was lost
-  4  upgrade: some sessions stay with the old generation for now; rekey: with
-     their old keys`
+  4  upgrade, scale, drain: some sessions stay where they are for now; rekey:
+     with their old keys
+130  upgrade, scale, drain, rebalance, rekey, demo: interrupted by a signal; what
+     was begun, but for the demo, goes on`
 )
 
 // codedError ends the command with a code. Without an error nothing more is

@@ -52,8 +52,8 @@ func TestDemoInTheKernel(t *testing.T) {
 	var table strings.Builder
 	rep.Print(&table)
 	t.Logf("\n%s", table.String())
-	if !rep.OK || rep.Layer != "kernel" || len(rep.LeftOut) > 0 {
-		t.Errorf("ok %v, layer %s, left out %q", rep.OK, rep.Layer, rep.LeftOut)
+	if !rep.OK || rep.Layer != "kernel" {
+		t.Errorf("ok %v, layer %s", rep.OK, rep.Layer)
 	}
 	last := rep.Steps[len(rep.Steps)-1]
 	if last.Name != "kill -9 a worker" || last.After != kernelSessions || len(last.OldPIDs) != 1 || len(last.NewPIDs) != 1 {

@@ -20,7 +20,6 @@ type Report struct {
 	Interrupted int            `json:"interrupted"` // had data in flight in a worker that was killed
 	Layer       string         `json:"layer"`       // kernel, software or mixed
 	Steps       []Step         `json:"steps"`
-	LeftOut     []string       `json:"left_out,omitempty"` // nothing, nowadays
 	Reasons     map[string]int `json:"lost_reasons,omitempty"`
 	Checked     int64          `json:"bytes_checked"`
 	Seconds     float64        `json:"duration_seconds"`
@@ -74,9 +73,6 @@ func (r *Report) Print(w io.Writer) {
 	}
 	_ = tw.Flush()
 	fmt.Fprintln(w)
-	for _, l := range r.LeftOut {
-		fmt.Fprintf(w, "%s.\n", l)
-	}
 	if r.Interrupted > 0 {
 		fmt.Fprintf(w, "%d connections had data in the worker that was killed: they stay open, that data is gone.\n", r.Interrupted)
 	}
