@@ -126,8 +126,10 @@ func TestCanaryNoWorseThanTheOld(t *testing.T) {
 	young, ch := u.watched(upgradeOptions{canary: 50, soak: long})
 	p := young.play()
 	u.awaitPhase(opSoaking)
+	u.surePlayed(old) // it knows of those that it has no more
 	po.fail(4)
 	u.until(func() bool { return len(u.s.sessions) == 16 })
+	u.surePlayed(young)
 	p.fail(4)
 	u.until(func() bool { return len(u.s.sessions) == 12 })
 	u.s.call(func() { u.pool.op.deadline = u.s.now() })
@@ -146,6 +148,7 @@ func TestCanaryOfNothing(t *testing.T) {
 	p := young.play()
 	u.awaitPhase(opSoaking)
 	u.sessions(8)
+	u.surePlayed(young)
 	p.fail(3)
 	u.until(func() bool { return u.pool.op.phase == opEnding })
 	young.kill()

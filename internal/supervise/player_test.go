@@ -17,7 +17,8 @@ type player struct {
 	refuse   bool // turn down what is offered
 	stubborn bool // reach no safe point
 	had      map[uint64]bool
-	refs     map[uint64]wire.Ref // what it owns
+	refs     map[uint64]wire.Ref // what it owns, and serves
+	parked   map[uint64]wire.Ref // what it owns, and does not serve until THAW
 	seen     func(*wire.Message) // every message
 	holds    []wire.Held         // what it tells a successor
 }
@@ -25,7 +26,7 @@ type player struct {
 // play starts to answer for f; nothing may be expected of it any more. It ends with
 // the channel.
 func (f *fake) play() *player {
-	p := &player{f: f, had: map[uint64]bool{}, refs: map[uint64]wire.Ref{}}
+	p := &player{f: f, had: map[uint64]bool{}, refs: map[uint64]wire.Ref{}, parked: map[uint64]wire.Ref{}}
 	_ = f.ch.Conn().SetReadDeadline(time.Time{})
 	go func() {
 		for {
@@ -73,10 +74,24 @@ func (p *player) reply(m *wire.Message) *wire.Message {
 	case wire.TypeRelease:
 		for _, ref := range m.Refs {
 			delete(p.refs, ref.ID)
+			delete(p.parked, ref.ID)
+		}
+	case wire.TypeThaw:
+		for _, ref := range m.Refs {
+			if own, ok := p.parked[ref.ID]; ok {
+				p.refs[ref.ID] = own
+				delete(p.parked, ref.ID)
+			}
 		}
 	case wire.TypeFreeze:
 		if p.stubborn {
 			return nil
+		}
+		for _, ref := range m.Refs {
+			if own, ok := p.refs[ref.ID]; ok {
+				p.parked[ref.ID] = own
+				delete(p.refs, ref.ID)
+			}
 		}
 		if m.Group != "" {
 			return parkGroup(m.Group, m.Refs, m.Last)
@@ -105,13 +120,18 @@ func (p *player) set(f func()) {
 func (p *player) has() (ever, now int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.had), len(p.refs)
+	return len(p.had), len(p.refs) + len(p.parked)
 }
 
-// fail ends n of its sessions with an error of the handler.
+// fail ends n of the sessions that it serves with an error of the handler. It has to know
+// of so many: see surePlayed.
 func (p *player) fail(n int) {
+	p.f.t.Helper()
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if len(p.refs) < n {
+		p.f.t.Fatalf("%d sessions are to fail, it serves %d", n, len(p.refs))
+	}
 	m := &wire.Message{Type: wire.TypeClosed}
 	for id, ref := range p.refs {
 		if len(m.Closed) < n {
