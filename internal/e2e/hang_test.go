@@ -11,6 +11,7 @@ import (
 	"github.com/ktlsvisor/ktlsvisor/internal/e2e/visor"
 	"github.com/ktlsvisor/ktlsvisor/internal/load"
 	"github.com/ktlsvisor/ktlsvisor/internal/vmtest/guest"
+	"github.com/ktlsvisor/ktlsvisor/pidfd"
 )
 
 // alert is a heartbeat that finds a hanging worker soon, and still no slow one.
@@ -34,9 +35,13 @@ func (u *unit) stopWorker(f *fleet, live func(victim admin.WorkerStatus) int) (v
 	after = u.await("the worker's end", func(st *admin.Status) bool {
 		return st.Counters.Hangs == hangs+1 && !slices.Contains(visor.WorkerPIDs(st), victim.PID) && visor.Settled(st) && len(st.Pools[0].Workers) == 2 && st.Sessions.Total == live(victim)
 	})
-	// It is dead: continuing it wakes nobody who could write.
-	if err := syscall.Kill(victim.PID, 0); err == nil {
-		u.t.Errorf("process %d is still there", victim.PID)
+	// It is dead: continuing it wakes nobody who could write. Its parent may not have
+	// waited for it yet.
+	if p, err := pidfd.Open(victim.PID); err == nil {
+		defer p.Close()
+		if dead, err := p.Dead(); err != nil || !dead {
+			u.t.Errorf("process %d is still alive (%v)", victim.PID, err)
+		}
 	}
 	return victim, after
 }
