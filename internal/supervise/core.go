@@ -73,7 +73,7 @@ type Supervisor struct {
 	trimAt       time.Time            // next look
 	quiescing    bool                 // a successor is about to start: begin nothing new
 	holding      bool                 // nothing is under way, and nothing begins
-	hold         func()               // called once, when nothing works on a socket; see holdLedger
+	hold         func()               // called once, when nothing works on a socket and no group's state is being written; see holdLedger
 	replaced     bool                 // a successor leads: nothing more is done here
 	pace         pace
 	sweepAt      time.Time // of the keeper's surplus duplicates, next
@@ -147,7 +147,7 @@ func (s *Supervisor) run() {
 		}
 		s.pump()
 		s.carryOut()
-		if f := s.hold; f != nil && s.keyOps == 0 {
+		if f := s.hold; f != nil && s.keyOps == 0 && s.writes == 0 && len(s.writeQueue) == 0 {
 			s.hold = nil
 			f()
 		}
@@ -216,7 +216,7 @@ func (s *Supervisor) isIdle() bool {
 			return false
 		}
 	}
-	return true
+	return s.homelessKept()
 }
 
 func (s *Supervisor) onTick(now time.Time) {

@@ -24,6 +24,7 @@ type groupState struct {
 	busy       bool // somebody reads it
 	read       bool // it was read since the group lost its home
 	offers     int  // with it
+	unkept     bool // what the last home parked it with could not be written
 
 	// On its way to the keeper; see group_write.go.
 	next    *stateWrite // the newest, which waits
@@ -80,8 +81,20 @@ func (s *Supervisor) groupDone(k ownership.GroupKey) {
 	case g == nil, g.Home != nil && !st.checkpoint:
 		s.dropState(k, st)
 	case g.Home != nil:
-		st.read, st.offers = false, 0
+		st.read, st.offers, st.unkept = false, 0, false
 	}
+}
+
+// homelessKept says whether the keeper has the states of all groups without a home: no
+// worker has them any more, and a successor would begin from an older one.
+func (s *Supervisor) homelessKept() bool {
+	for k, st := range s.groupStates {
+		g := s.m.Groups()[k]
+		if g != nil && g.Home == nil && (st.writing || st.next != nil || st.unkept) {
+			return false
+		}
+	}
+	return true
 }
 
 // stateReady says whether a group without a home can be offered: with its state, if

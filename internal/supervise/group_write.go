@@ -114,6 +114,9 @@ func (s *Supervisor) writeState(k ownership.GroupKey, st *groupState, w *stateWr
 	done := func(err error) {
 		s.writes--
 		st.writing = false
+		if w.by == nil {
+			st.unkept = err != nil
+		}
 		for _, then := range w.then {
 			then(err)
 		}

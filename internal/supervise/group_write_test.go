@@ -1,9 +1,11 @@
 package supervise
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"runtime"
+	"sync"
 	"testing"
 	"time"
 
@@ -22,7 +24,7 @@ func (u *unit) stalled() (goOn func()) {
 			<-gate
 		}
 	}
-	return func() { close(gate) }
+	return sync.OnceFunc(func() { close(gate) })
 }
 
 func descriptors(t *testing.T) int {
@@ -183,4 +185,93 @@ func TestNextHomeWaitsForCheckpointsUnderWay(t *testing.T) {
 	if len(ad.Blobs) != 1 || string(ad.Blobs[0].Data) != "state 2" {
 		t.Errorf("ADOPT with %+v", ad.Blobs)
 	}
+}
+
+// A planned successor takes the states of groups from the keeper: it is not started while
+// one is on its way there, nor when the only one who has it is this supervisor.
+func TestSuccessorWaitsForStatesOfGroups(t *testing.T) {
+	u := newUnit(t)
+	home := u.worker(1)
+	ms := u.kernelMembers(home, 1, "room")
+	checkpoint := func(nonce uint64) {
+		home.send(&wire.Message{Type: wire.TypeCheckpoint, Nonce: nonce, Group: "room", Refs: ms,
+			Blobs: []wire.Blob{{Group: "room", Data: fmt.Append(nil, "state ", nonce)}}})
+	}
+	goOn := u.stalled()
+	t.Cleanup(func() { goOn() })
+	checkpoint(1)
+	checkpoint(2)
+	u.until(func() bool { return u.s.writes == 1 && home.w.waitingStates > 0 })
+	resume, held := make(chan bool, 1), make(chan error, 1)
+	var paused []*worker
+	go func() {
+		var err error
+		paused, err = u.s.holdLedger(context.Background(), resume)
+		held <- err
+	}()
+	for waits := false; !waits; time.Sleep(time.Millisecond) {
+		asked := make(chan bool, 1)
+		u.s.post(func() { asked <- u.s.hold != nil })
+		select {
+		case waits = <-asked:
+		case <-held:
+			resume <- false
+			t.Fatal("the ledger was given away while checkpoints were being written")
+		}
+	}
+	goOn()
+	if err := <-held; err != nil {
+		t.Fatal(err)
+	}
+	if e := u.keptState(); string(e) != "state 2" {
+		t.Errorf("the successor would find %q", e)
+	}
+	resume <- false // there is none after all
+	u.s.call(func() {
+		for _, w := range paused {
+			u.s.unpause(w)
+		}
+	})
+	for nonce := uint64(1); nonce <= 2; nonce++ {
+		if m := home.expect(wire.TypeCheckpointed); m.Nonce != nonce || m.Text != "" {
+			t.Fatalf("CHECKPOINTED %+v", m)
+		}
+	}
+	// The same when the home is dead and nobody else could have it.
+	goOn = u.stalled()
+	checkpoint(3)
+	u.until(func() bool { return u.s.writes == 1 })
+	u.dies(home)
+	u.until(func() bool { return u.pool.parked[ms[0].ID] != nil })
+	idle := func() (ok bool) { u.s.call(func() { ok = u.s.isIdle() }); return ok }
+	if idle() {
+		t.Error("nothing is said to be under way while the state of a group without a home is being written")
+	}
+	goOn()
+	u.until(u.s.isIdle)
+	// The keeper could not take what its last home parked it with.
+	u.store.mu.Lock()
+	u.store.hold, u.store.full = nil, true
+	u.store.mu.Unlock()
+	k := u.pool.groupKey("room")
+	u.s.call(func() { u.s.keepGroup(k, []byte("state 4")) })
+	u.until(func() bool { return u.s.writes == 0 })
+	if idle() {
+		t.Error("nothing is said to be under way, and only this supervisor has the state of a group")
+	}
+}
+
+// keptState is the only state of a group that the keeper has.
+func (u *unit) keptState() []byte {
+	u.t.Helper()
+	kept, err := u.store.Get(u.t.Context(), keeper.KindGroup)
+	if err != nil || len(kept) != 1 {
+		u.t.Fatalf("%d states are kept, %v", len(kept), err)
+	}
+	b, err := sys.ReadSealedMemfd(kept[0].FDs[0], wire.MaxCargo)
+	if err != nil {
+		u.t.Fatal(err)
+	}
+	closeFDs(kept[0].FDs)
+	return b
 }

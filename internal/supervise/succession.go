@@ -234,7 +234,8 @@ func (s *Supervisor) holdLedger(ctx context.Context, resume <-chan bool) (paused
 	}
 	// What they posted before they stopped has run before what is posted here. Of that,
 	// keys may still be changing: a successor must not come across this process in that,
-	// since a key that both of them set would be used with the same nonces again (I5).
+	// since a key that both of them set would be used with the same nonces again (I5). And
+	// states of groups may be on their way to the keeper, from where it takes them.
 	held, late := make(chan struct{}), make(chan struct{})
 	var outs []*outbox
 	outboxes := func() {
