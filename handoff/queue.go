@@ -172,11 +172,7 @@ func (q *outbox) run() {
 		q.list = q.list[1:]
 		q.sending = m
 		q.mu.Unlock()
-		err := q.ch.Send(m)
-		m.CloseSockets() // that it brings back; duplicates
-		for i := range m.Items {
-			clear(m.Items[i].Cargo.Record) // may hold keys; the copy to keep is elsewhere
-		}
+		err := q.ch.Give(m) // its sockets are duplicates, and the records to keep are elsewhere
 		q.mu.Lock()
 		q.sending = nil
 		if err != nil && m.Type == wire.TypeParked {

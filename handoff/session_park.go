@@ -100,6 +100,7 @@ func (s *session) parkedItem() wire.Item {
 // unpark puts a parked session back on its Conn.
 func (w *worker) unpark(s *session) {
 	k := s.kept
+	k.app = slices.Clone(k.app) // PARKED has these very bytes, and may still be on its way
 	s.kept, s.phase = nil, phaseImporting
 	go func() {
 		err := s.conn.attach(k)

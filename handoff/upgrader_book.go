@@ -22,16 +22,18 @@ func (h *host) admit(a *arrival, done func(error)) {
 		h.early = append(h.early, func() { h.admit(a, done) })
 		return
 	}
+	fd := a.leave()
+	if fd < 0 {
+		done(ErrStopped)
+		return
+	}
 	e := h.nextEpoch()
 	id := uint64(e) // no other process of the row counts with this number
 	h.residents[id] = &resident{id: id, owner: e}
 	h.vault.put(id, a.secrets)
-	it := wire.Item{Ref: wire.Ref{ID: id, Epoch: e}, Socket: a.fd,
+	it := wire.Item{Ref: wire.Ref{ID: id, Epoch: e}, Socket: fd,
 		Cargo: wire.Cargo{Facts: a.facts, Record: a.record, App: a.state}}
-	h.local.put(&wire.Message{Type: wire.TypeAdopt, Items: []wire.Item{it}}, func(err error) {
-		a.release()
-		done(err)
-	})
+	h.local.put(&wire.Message{Type: wire.TypeAdopt, Items: []wire.Item{it}}, done)
 }
 
 // adopted is the worker's word that it can serve these: they are its own, or the old

@@ -26,8 +26,12 @@ type arrival struct {
 	once                          sync.Once
 }
 
-// release closes the descriptor, once; the connection goes on elsewhere.
-func (a *arrival) release() { a.once.Do(func() { sys.CloseAll([]int{a.fd}) }) }
+// leave hands the descriptor over to the caller; -1 when the connection was ended before.
+func (a *arrival) leave() (fd int) {
+	fd = -1
+	a.once.Do(func() { fd = a.fd })
+	return fd
+}
 
 // drop ends the connection, unless it has gone on elsewhere.
 func (a *arrival) drop() {

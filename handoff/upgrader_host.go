@@ -7,7 +7,6 @@ import (
 	"os/signal"
 	"time"
 
-	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
 
@@ -82,18 +81,8 @@ type resident struct {
 }
 
 func newHost(hd Handler, o *options, f flip, up *line, inc uint32) (*host, error) {
-	a, b, err := sys.PacketPair()
+	mine, theirs, err := wire.Pair()
 	if err != nil {
-		return nil, err
-	}
-	mine, err := wire.NewChannel(a)
-	if err != nil {
-		sys.CloseAll([]int{b})
-		return nil, err
-	}
-	theirs, err := wire.NewChannel(b)
-	if err != nil {
-		_ = mine.Close()
 		return nil, err
 	}
 	h := &host{options: o, flip: f, in: newInbox(), news: make(chan news), done: make(chan struct{}),

@@ -35,14 +35,14 @@ func newLine(ch *wire.Channel) *line {
 	return l
 }
 
-// put sends m. then, which may be nil, is told once what came of it, most often in the
-// line's goroutine; an error means that nothing of m was or will be sent. The records in m are
-// wiped after that, its sockets are the caller's.
+// put sends m, which is the line's from then on, with its records and sockets: see
+// wire.Channel.Give. then, which may be nil, is told once what came of it, most often in the
+// line's goroutine; an error means that nothing of m was or will be sent.
 func (l *line) put(m *wire.Message, then func(error)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closing {
-		wipeRecords(m)
+		dispose(m)
 		if then != nil {
 			then(errLineClosed)
 		}
@@ -52,7 +52,8 @@ func (l *line) put(m *wire.Message, then func(error)) {
 	l.cond.Broadcast()
 }
 
-func wipeRecords(m *wire.Message) {
+func dispose(m *wire.Message) {
+	m.CloseSockets()
 	for i := range m.Items {
 		clear(m.Items[i].Cargo.Record)
 	}
@@ -76,14 +77,13 @@ func (l *line) run() {
 		l.list = l.list[1:]
 		err := l.err
 		l.mu.Unlock()
-		if err == nil {
-			if err = l.ch.Send(o.m); err != nil {
-				l.mu.Lock()
-				l.err = err
-				l.mu.Unlock()
-			}
+		if err != nil {
+			dispose(o.m)
+		} else if err = l.ch.Give(o.m); err != nil {
+			l.mu.Lock()
+			l.err = err
+			l.mu.Unlock()
 		}
-		wipeRecords(o.m)
 		if o.then != nil {
 			o.then(err)
 		}
@@ -104,7 +104,7 @@ func (l *line) sever() {
 
 // finish sends what waits, within limits, and closes the channel.
 func (l *line) finish(limit time.Duration) {
-	_ = l.ch.Conn().SetWriteDeadline(time.Now().Add(limit))
+	_ = l.ch.SetWriteDeadline(time.Now().Add(limit))
 	l.mu.Lock()
 	l.closing = true
 	l.cond.Broadcast()

@@ -77,9 +77,7 @@ func (h *host) fromOld(m *wire.Message) error {
 }
 
 // pass gives a message on to the worker.
-func (h *host) pass(m *wire.Message) {
-	h.local.put(m, func(error) { m.CloseSockets() })
-}
+func (h *host) pass(m *wire.Message) { h.local.put(m, nil) }
 
 // take offers sessions of the old process to the worker.
 func (h *host) take(m *wire.Message) {
@@ -225,7 +223,7 @@ func (h *host) inherit() {
 		parts := wire.BatchRefs(refs)
 		for i, part := range parts {
 			m := &wire.Message{Type: wire.TypeResume, Group: name, Refs: part, Last: name != "" && i == len(parts)-1}
-			h.local.put(m, nil)
+			h.pass(m)
 			h.resumed(m)
 		}
 	}

@@ -213,11 +213,7 @@ func (g *giving) send(group string, refs []wire.Ref, l []luggage, last bool) {
 		if last && i == len(parts)-1 {
 			m.Last, m.Blobs = true, blobs
 		}
-		g.down.put(m, func(error) {
-			for i := range part {
-				sys.CloseAll([]int{part[i].Socket})
-			}
-		})
+		g.down.put(m, nil)
 	}
 }
 

@@ -161,7 +161,7 @@ func (w *worker) serve(ctx context.Context, sig <-chan os.Signal) error {
 	// The last messages, CLOSED above all, go out even if the supervisor is just
 	// restarting: the channel holds them.
 	w.out.close()
-	_ = w.ch.Conn().SetWriteDeadline(time.Now().Add(flushTime))
+	_ = w.ch.SetWriteDeadline(time.Now().Add(flushTime))
 	if w.gone != nil {
 		_ = w.ch.Close()
 	}

@@ -17,6 +17,8 @@ type Channel struct {
 	buf []byte
 	out []byte // of Send: what it sends and the descriptors of that
 	fds []int
+
+	in, far *mailbox // of a Pair, in place of all the above
 }
 
 // NewChannel takes ownership of fd, also when it fails.
@@ -29,9 +31,17 @@ func NewChannel(fd int) (*Channel, error) {
 }
 
 // Close closes the channel; pending calls return.
-func (c *Channel) Close() error { return c.pc.Close() }
+func (c *Channel) Close() error {
+	if c.in != nil {
+		c.far.end()
+		c.in.close()
+		return nil
+	}
+	return c.pc.Close()
+}
 
-// Dup returns a duplicate of the channel's descriptor, which the caller owns.
+// Dup returns a duplicate of the channel's descriptor, which the caller owns. Not for a
+// Pair, which has none; neither are Conn and Send.
 func (c *Channel) Dup() (int, error) { return c.pc.Dup() }
 
 // Conn gives access to deadlines.
@@ -187,6 +197,9 @@ func (e *DescriptorsLostError) Unwrap() error { return e.Err }
 // peer is gone, ErrProtocol that it is not to be trusted any further. After a
 // *DescriptorsLostError the channel can be used on.
 func (c *Channel) Recv() (*Message, error) {
+	if c.in != nil {
+		return c.in.take()
+	}
 	if fault.Enabled {
 		return c.recvFaulty()
 	}
