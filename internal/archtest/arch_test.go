@@ -2,6 +2,7 @@ package archtest
 
 import (
 	"fmt"
+	"go/ast"
 	"go/parser"
 	"go/token"
 	"io/fs"
@@ -127,6 +128,34 @@ func TestImports(t *testing.T) {
 		if wrong := check(u); wrong != "" {
 			t.Error(wrong)
 		}
+	}
+}
+
+// The keeper holds the memory in which secrets are, and never looks into it: it maps
+// nothing.
+func TestKeeperMapsNothing(t *testing.T) {
+	files, err := filepath.Glob(filepath.Join(root, "internal", "keeper", "*.go"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("%d files, %v", len(files), err)
+	}
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			sel, ok := n.(*ast.SelectorExpr)
+			if !ok {
+				return true
+			}
+			if pkg, ok := sel.X.(*ast.Ident); ok && pkg.Name == "sys" && (sel.Sel.Name == "MapShared" || sel.Sel.Name == "ReadSealedMemfd") {
+				t.Errorf("%s uses sys.%s: the keeper must not see what is in the memory that it holds", file, sel.Sel.Name)
+			}
+			return true
+		})
 	}
 }
 

@@ -1,12 +1,15 @@
 package supervise
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
 	"os/exec"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -183,7 +186,7 @@ func newUnitOf(t *testing.T, slots int) *unit {
 
 // start makes a supervisor; run is not started yet.
 func (u *unit) start(led *ledger, incarnation uint32) {
-	log := hclog.New(&hclog.LoggerOptions{Level: hclog.Debug, Output: &testLog{u.t}})
+	log := hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: &testLog{u.t}})
 	s := newSupervisor(context.Background(), log, u.store)
 	s.led, s.generation = led, incarnation
 	s.leads(incarnation)
@@ -222,7 +225,19 @@ func (u *unit) end() {
 
 type testLog struct{ t *testing.T }
 
-func (l *testLog) Write(p []byte) (int, error) { l.t.Logf("%s", p); return len(p), nil }
+// Write also makes sure that no record state is logged: there are keys in it.
+func (l *testLog) Write(p []byte) (int, error) {
+	l.t.Logf("%s", p)
+	for _, form := range []string{"%s", "%x", "%X", "%d", "%#v"} {
+		if text := strings.Trim(fmt.Sprintf(form, []byte(secretText)), "[]{}"); bytes.Contains(p, []byte(text)) {
+			l.t.Errorf("a secret was logged: %s", p)
+		}
+	}
+	return len(p), nil
+}
+
+// secretText is in the record state of every session at first.
+const secretText = "keys of it"
 
 // worker adds a ready worker of a generation.
 func (u *unit) worker(gen uint32) *fake {
@@ -360,7 +375,7 @@ func (u *unit) sessionWith(change func(*admission)) uint64 {
 	}
 	_, _ = f.Close(), c.Close()
 	a := &admission{fd: fd, facts: facts{Pool: "p", Peer: "test", Facts: []byte("facts")},
-		record: []byte("initial record state")}
+		record: []byte("initial " + secretText)}
 	change(a)
 	var id uint64
 	u.s.call(func() {

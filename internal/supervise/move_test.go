@@ -34,7 +34,7 @@ func TestMoveCommitsBeforeResume(t *testing.T) {
 		t.Fatalf("RESUME is out and the ledger says %+v", e)
 	}
 	u.s.call(func() {
-		if _, err := u.s.led.record(u.s.sessions[own.ID].kept, own.ID); err == nil || bytes.Contains(u.s.led.mem, []byte("record state")) {
+		if _, err := u.s.led.record(u.s.sessions[own.ID].kept, own.ID); err == nil || bytes.Contains(u.s.led.mem, []byte(secretText)) {
 			t.Error("RESUME is out and record state of the software layer is still in the ledger")
 		}
 	})
@@ -161,7 +161,7 @@ func TestOwnerDies(t *testing.T) {
 	other := u.worker(1)
 	it := other.expect(wire.TypeAdopt).Items[0]
 	if it.ID != kernel.ID || it.Epoch <= kernel.Epoch || it.Flags != wire.FlagRestored|wire.FlagInterrupted ||
-		string(it.Cargo.Record) != "initial record state" {
+		string(it.Cargo.Record) != "initial "+secretText {
 		t.Fatalf("ADOPT %+v", it)
 	}
 	other.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(it.Ref)})

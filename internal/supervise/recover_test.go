@@ -134,7 +134,7 @@ func TestCrashWithParkedSessions(t *testing.T) {
 			got[it.ID] = it
 		}
 	}
-	if it := got[fresh]; it.Flags != 0 || string(it.Cargo.Record) != "initial record state" {
+	if it := got[fresh]; it.Flags != 0 || string(it.Cargo.Record) != "initial "+secretText {
 		t.Errorf("the new session comes as %+v", it)
 	}
 	if it := got[kernel.ID]; it.Flags&wire.FlagInterrupted == 0 {

@@ -109,7 +109,7 @@ func TestParkedStateIsUsedOnce(t *testing.T) {
 	third := u.worker(2)
 	young.kill()
 	it := third.expect(wire.TypeAdopt).Items[0]
-	if got := string(it.Cargo.Record); got != "initial record state" || it.Flags&wire.FlagInterrupted == 0 {
+	if got := string(it.Cargo.Record); got != "initial "+secretText || it.Flags&wire.FlagInterrupted == 0 {
 		t.Errorf("the third owner gets %q, flags %d", got, it.Flags)
 	}
 }
