@@ -33,6 +33,9 @@ func (s *Supervisor) admitSession(a *admission) {
 	if !p.cfg.Retain {
 		a.facts.Cookie, _ = sys.SocketCookie(a.fd) // 0 is found out when it is to be compared
 	}
+	if !a.software {
+		a.facts.Base = a.record
+	}
 	err := s.led.putFacts(slot, &a.facts)
 	if errors.Is(err, errTooLarge) {
 		err = s.keepBigFacts(ss, a)
@@ -43,11 +46,9 @@ func (s *Supervisor) admitSession(a *admission) {
 	switch {
 	case err != nil:
 	case a.software:
-		ss.kept, err = s.led.keepRecord(ss.ID, a.record, pieceSize)
+		ss.kept, err = s.led.keepRecord(ss.ID, a.record)
 	default:
-		if ss.base, err = s.led.keepRecord(ss.ID, a.record, baseSize); err == nil {
-			err = s.enterKeys(ss.base, a.secrets)
-		}
+		err = s.enterKeys(slot, a.secrets)
 	}
 	if err != nil {
 		s.log.Error("session refused: it does not fit the ledger", "peer", a.facts.Peer, "error", err)
@@ -55,7 +56,6 @@ func (s *Supervisor) admitSession(a *admission) {
 		_ = sys.ShutdownBoth(a.fd)
 		sys.CloseAll([]int{a.fd})
 		s.led.free(slot)
-		s.led.release(ss.base)
 		s.freeSlots = append(s.freeSlots, slot)
 		return
 	}

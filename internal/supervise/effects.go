@@ -187,7 +187,7 @@ func (s *Supervisor) putEntry(ss *session, e *ownership.Effect) {
 			m.refusals, m.refusedBy = 0, nil
 		}
 		if !ss.software {
-			k := s.led.keys(ss.base, ktls.Receiving)
+			k := s.led.keys(int(ss.slot), ktls.Receiving)
 			ss.rxBase = k.gen
 			k.wipe()
 		}

@@ -119,7 +119,7 @@ func (s *Supervisor) heir(ss *session) heir {
 		h.facts = ss.facts(s.led)
 		return h
 	}
-	r, err := s.led.record(ss.base, ss.ID)
+	r, err := s.led.base(int(ss.slot))
 	if err != nil {
 		h.err = err
 		return h

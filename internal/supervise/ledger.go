@@ -22,9 +22,11 @@ import (
 //	| magic, version, sizes     |   | entry A: owner, epoch, phase, crc |
 //	| next id                   |   | entry B: the same, older or newer |
 //	| counters                  |   | facts:   crc, length, CBOR        |
-//	+---------------------------+   +-----------------------------------+
+//	+---------------------------+   | kernel layer: keys                |
+//	                                +-----------------------------------+
 //	                                pieces, for what few sessions have at
 //	                                a time: see ledger_pieces.go
+//	                                names of groups: see ledger_names.go
 //
 // What changes (owner, epoch, phase) is written to the older of the two entries,
 // with a higher sequence number and its checksum last: a supervisor killed in
@@ -32,13 +34,13 @@ import (
 // the shared pages.
 const (
 	ledgerMagic   = 0x6b746c7376697331 // "ktlsvis1"
-	ledgerVersion = 3
+	ledgerVersion = 4
 
 	headerSize = 4096
 	slotSize   = 512
-	entrySize  = 128
+	entrySize  = 64
 	factsOff   = 2 * entrySize
-	factsSize  = slotSize - factsOff
+	factsSize  = slotSize - factsOff // the keys included, if there are any
 
 	hdrMagic    = 0
 	hdrVersion  = 8
@@ -47,6 +49,7 @@ const (
 	hdrStarted  = 32
 	hdrUsed     = 40 // slots ever used: the rest has never been touched, so takes no memory
 	hdrPieces   = 44 // pieces ever used, likewise
+	hdrNames    = 48 // names of groups, likewise
 	hdrCounters = 64
 	hdrReasons  = hdrCounters + 8*32
 )
@@ -74,7 +77,7 @@ type entry struct {
 	Phase    slotPhase
 	Software bool
 	Flags    wire.Flags // how a parked session comes to its next owner
-	Group    string
+	Group    string     // its name is in a place of its own, see ledger_names.go
 	// Of changes of keys: the generation of the receiving key when the ownership
 	// began, and what is owed to the peer.
 	RXBase uint32
@@ -82,9 +85,8 @@ type entry struct {
 	// Crashes of workers in a row that were handling it.
 	Crashes uint8
 	Blamed  bool // the death of Owner is among them
-	// Pieces, 0 for none: what a session of the kernel layer has for its life, and the
-	// record state of one that is parked.
-	Base, Kept uint32
+	// The piece with the record state of a session that is parked, 0 for none.
+	Kept uint32
 }
 
 // facts is the part of a slot that never changes. Most of it is in Facts as well, and
@@ -100,17 +102,28 @@ type facts struct {
 	Reason   string `cbor:"8,keyasint,omitempty"`
 	Cookie   uint64 `cbor:"10,keyasint,omitempty"` // of its socket; in pools that retain none
 	Overflow bool   `cbor:"9,keyasint,omitempty"`  // Facts are with the keeper, too large for the slot
+	// Base is the record state that every owner in the kernel layer can begin with: the one
+	// of the handshake, which holds no sequence number.
+	Base []byte `cbor:"11,keyasint,omitempty"`
 }
 
 var errTooLarge = errors.New("too large for its place in the ledger")
 
 type ledger struct {
-	mem   []byte
-	slots int
-	spare []uint32 // pieces that were used and are free now
+	mem    []byte
+	slots  int
+	pieces area
+	names  names
 }
 
-func ledgerSize(slots int) int { return piecesOff(slots) + pieceCount(slots)*pieceSize }
+func ledgerSize(slots int) int { return namesOff(slots) + nameCount(slots)*nameSize }
+
+// ledgerOn is the ledger in mem, which is as large as it has to be.
+func ledgerOn(mem []byte, slots int) *ledger {
+	return &ledger{mem: mem, slots: slots,
+		pieces: areaOn(mem, piecesOff(slots), pieceCount(slots), pieceSize, hdrPieces),
+		names:  names{area: areaOn(mem, namesOff(slots), nameCount(slots), nameSize, hdrNames)}}
+}
 
 // createLedger makes a new ledger; the caller owns the descriptor.
 func createLedger(slots int) (*ledger, int, error) {
@@ -124,7 +137,7 @@ func createLedger(slots int) (*ledger, int, error) {
 		sys.CloseAll([]int{fd})
 		return nil, -1, err
 	}
-	l := &ledger{mem: mem, slots: slots}
+	l := ledgerOn(mem, slots)
 	binary.LittleEndian.PutUint32(mem[hdrVersion:], ledgerVersion)
 	binary.LittleEndian.PutUint32(mem[hdrSlots:], uint32(slots))
 	binary.LittleEndian.PutUint64(mem[hdrNextID:], 1)
@@ -159,7 +172,7 @@ func openLedger(fd int) (*ledger, error) {
 		_ = sys.Unmap(mem)
 		return nil, err
 	}
-	return &ledger{mem: mem, slots: slots}, nil
+	return ledgerOn(mem, slots), nil
 }
 
 func (l *ledger) close() { _ = sys.Unmap(l.mem) }
@@ -180,48 +193,54 @@ func (l *ledger) used() int {
 	return min(int(binary.LittleEndian.Uint32(l.mem[hdrUsed:])), l.slots)
 }
 
-// put writes e to the older of the slot's two entries. The pieces that the one before
-// named and e does not are wiped and free then.
-func (l *ledger) put(i int, e entry) {
+// touch notes that slot i may hold something from now on.
+func (l *ledger) touch(i int) {
 	if i >= l.used() {
 		binary.LittleEndian.PutUint32(l.mem[hdrUsed:], uint32(i+1))
 	}
+}
+
+// entries are the newest intact entry of a slot, the one before it, and the half of the
+// slot that the next one goes to. An entry that is not intact is the zero value, whose Seq
+// is 0.
+func (l *ledger) entries(i int) (newest, before stored, older []byte) {
 	s := l.slot(i)
-	a, aok := decodeEntry(s[:entrySize])
-	b, bok := decodeEntry(s[entrySize : 2*entrySize])
-	dst := s[:entrySize]
-	var last entry
-	switch {
-	case aok && (!bok || a.Seq >= b.Seq):
-		dst, last = s[entrySize:2*entrySize], a
-	case bok:
-		last = b
+	a, b := s[:entrySize:entrySize], s[entrySize:2*entrySize:2*entrySize]
+	ea, eb := decodeEntry(a), decodeEntry(b)
+	if ea.Seq >= eb.Seq && ea.Seq > 0 {
+		return ea, eb, b
 	}
+	return eb, ea, a
+}
+
+// put writes e to the older of the slot's two entries. The piece and the name that the
+// one before named and e does not are wiped and free then.
+func (l *ledger) put(i int, e entry) {
+	l.touch(i)
+	last, _, dst := l.entries(i)
 	e.Seq = last.Seq + 1
+	name := l.names.join(e.Group)
 	fault.Step("before-ledger")
-	encodeEntry(dst, e)
+	encodeEntry(dst, stored{e, name})
 	fault.Step("after-ledger")
-	for _, n := range []uint32{last.Kept, last.Base} {
-		if n != 0 && n != e.Kept && n != e.Base {
-			l.release(n)
-			fault.Step("after-void")
-		}
+	if n := last.Kept; n != 0 && n != e.Kept {
+		l.release(n)
+		fault.Step("after-void")
 	}
+	l.names.leave(last.name)
 }
 
 // get returns the newest intact entry of a slot; ok is false for a slot never
 // used, and damaged when something was written there and nothing intact is left.
 func (l *ledger) get(i int) (e entry, ok, damaged bool) {
-	s := l.slot(i)
-	a, aok := decodeEntry(s[:entrySize])
-	b, bok := decodeEntry(s[entrySize : 2*entrySize])
-	switch {
-	case aok && bok && a.Seq >= b.Seq, aok && !bok:
-		return a, true, false
-	case bok:
-		return b, true, false
+	newest, _, _ := l.entries(i)
+	if newest.Seq > 0 {
+		if newest.Group, ok = l.names.read(newest.name); !ok {
+			return entry{}, false, true
+		}
+		return newest.entry, true, false
 	}
-	for _, c := range s[:2*entrySize] {
+	for _, c := range l.slot(i)[:2*entrySize] {
 		if c != 0 {
 			return entry{}, false, true
 		}
@@ -229,79 +248,83 @@ func (l *ledger) get(i int) (e entry, ok, damaged bool) {
 	return entry{}, false, false
 }
 
-// before is the entry that the newest one of a slot took the place of.
+// before is the entry that the newest one of a slot took the place of, without the name
+// of its group.
 func (l *ledger) before(i int) (e entry, ok bool) {
-	s := l.slot(i)
-	a, aok := decodeEntry(s[:entrySize])
-	b, bok := decodeEntry(s[entrySize : 2*entrySize])
-	if a.Seq > b.Seq {
-		a = b
-	}
-	return a, aok && bok
+	newest, before, _ := l.entries(i)
+	return before.entry, newest.Seq > 0 && before.Seq > 0
 }
 
 // free marks a slot free and wipes what it held. Whoever is killed between the two
 // leaves the wiping to the next supervisor.
-func (l *ledger) free(i int) {
-	l.put(i, entry{Phase: slotFree})
+func (l *ledger) free(i int) { l.vacate(i, entry{Phase: slotFree}, func() {}) }
+
+// vacate is the end of what a slot held: e says so, then counts, and nothing is left.
+func (l *ledger) vacate(i int, e entry, counted func()) {
+	last, _, _ := l.entries(i)
+	l.put(i, e)
+	counted()
+	l.dropNext(i, last.ID)
 	clear(l.slot(i)[factsOff:])
 }
 
-func encodeEntry(b []byte, e entry) {
+// stored is an entry as it stands in a slot: it has the place of its group's name.
+type stored struct {
+	entry
+	name nameRef
+}
+
+func encodeEntry(b []byte, e stored) {
 	binary.LittleEndian.PutUint32(b, 0) // not intact while it is written
-	put24(b[4:7], e.Base)
-	b[7] = byte(e.Kept)
-	binary.LittleEndian.PutUint64(b[8:], e.Seq)
-	binary.LittleEndian.PutUint64(b[16:], e.ID)
-	binary.LittleEndian.PutUint64(b[24:], uint64(e.Epoch))
-	binary.LittleEndian.PutUint64(b[32:], e.Owner)
-	binary.LittleEndian.PutUint64(b[40:], uint64(e.Accepted))
-	binary.LittleEndian.PutUint32(b[48:], e.Moves)
-	b[52] = byte(e.Phase)
-	b[53] = 0
+	put24(b[4:], e.Kept)
+	put24(b[7:], e.name.n)
+	b[10] = byte(e.Phase) & 15
 	if e.Software {
-		b[53] = 1
+		b[10] |= 16
 	}
 	if e.Blamed {
-		b[53] |= 2
+		b[10] |= 32
 	}
-	b[54] = byte(len(e.Group))
-	b[55] = byte(e.Flags)
-	clear(b[56:entrySize])
-	copy(b[56:56+wire.MaxGroup], e.Group)
-	binary.LittleEndian.PutUint32(b[120:], e.RXBase)
-	b[124] = byte(e.Owes)
-	b[125] = e.Crashes
-	binary.LittleEndian.PutUint16(b[126:], uint16(e.Kept>>8))
+	b[11] = byte(e.Flags)
+	b[12] = byte(e.Owes)
+	b[13] = e.Crashes
+	binary.LittleEndian.PutUint16(b[14:], e.name.check)
+	binary.LittleEndian.PutUint64(b[16:], e.Seq)
+	binary.LittleEndian.PutUint64(b[24:], e.ID)
+	binary.LittleEndian.PutUint64(b[32:], uint64(e.Epoch))
+	binary.LittleEndian.PutUint64(b[40:], e.Owner)
+	binary.LittleEndian.PutUint64(b[48:], uint64(e.Accepted))
+	binary.LittleEndian.PutUint32(b[56:], e.Moves)
+	binary.LittleEndian.PutUint32(b[60:], e.RXBase)
 	fault.Step("half-ledger")
 	binary.LittleEndian.PutUint32(b, crc32.Checksum(b[4:entrySize], crcTable))
 }
 
 func put24(b []byte, n uint32) { b[0], b[1], b[2] = byte(n), byte(n>>8), byte(n>>16) }
 
-func decodeEntry(b []byte) (e entry, ok bool) {
-	if crc32.Checksum(b[4:entrySize], crcTable) != binary.LittleEndian.Uint32(b) || int(b[54]) > wire.MaxGroup {
-		return entry{}, false
+func get24(b []byte) uint32 { return uint32(b[0]) | uint32(b[1])<<8 | uint32(b[2])<<16 }
+
+// decodeEntry returns the zero value for what is not intact.
+func decodeEntry(b []byte) stored {
+	if crc32.Checksum(b[4:entrySize], crcTable) != binary.LittleEndian.Uint32(b) {
+		return stored{}
 	}
-	e = entry{
-		Seq:      binary.LittleEndian.Uint64(b[8:]),
-		ID:       binary.LittleEndian.Uint64(b[16:]),
-		Epoch:    wire.Epoch(binary.LittleEndian.Uint64(b[24:])),
-		Owner:    binary.LittleEndian.Uint64(b[32:]),
-		Accepted: int64(binary.LittleEndian.Uint64(b[40:])),
-		Moves:    binary.LittleEndian.Uint32(b[48:]),
-		Phase:    slotPhase(b[52]),
-		Software: b[53]&1 != 0,
-		Flags:    wire.Flags(b[55]),
-		Group:    string(b[56 : 56+int(b[54])]),
-		RXBase:   binary.LittleEndian.Uint32(b[120:]),
-		Owes:     owed(b[124]),
-		Crashes:  b[125],
-		Blamed:   b[53]&2 != 0,
-		Base:     uint32(b[4]) | uint32(b[5])<<8 | uint32(b[6])<<16,
-		Kept:     uint32(b[7]) | uint32(binary.LittleEndian.Uint16(b[126:]))<<8,
-	}
-	return e, e.Seq > 0
+	return stored{entry{
+		Kept:     get24(b[4:]),
+		Phase:    slotPhase(b[10] & 15),
+		Software: b[10]&16 != 0,
+		Blamed:   b[10]&32 != 0,
+		Flags:    wire.Flags(b[11]),
+		Owes:     owed(b[12]),
+		Crashes:  b[13],
+		Seq:      binary.LittleEndian.Uint64(b[16:]),
+		ID:       binary.LittleEndian.Uint64(b[24:]),
+		Epoch:    wire.Epoch(binary.LittleEndian.Uint64(b[32:])),
+		Owner:    binary.LittleEndian.Uint64(b[40:]),
+		Accepted: int64(binary.LittleEndian.Uint64(b[48:])),
+		Moves:    binary.LittleEndian.Uint32(b[56:]),
+		RXBase:   binary.LittleEndian.Uint32(b[60:]),
+	}, nameRef{n: get24(b[7:]), check: binary.LittleEndian.Uint16(b[14:])}}
 }
 
 // Places for CBOR in a slot: u32 checksum, u32 length, bytes.

@@ -39,9 +39,7 @@ func (l *ledger) endCount(code endCode) count64 {
 // end counts the end of the session in slot i, and frees the slot.
 func (l *ledger) end(i int, code endCode) {
 	n := l.endCount(code).get() + 1
-	l.put(i, entry{Phase: slotFree, Owner: code, Accepted: int64(n)})
-	l.endCount(code).set(n)
-	clear(l.slot(i)[factsOff:])
+	l.vacate(i, entry{Phase: slotFree, Owner: code, Accepted: int64(n)}, func() { l.endCount(code).set(n) })
 }
 
 // settleEnd counts the end that a freed slot tells of, unless that was done.

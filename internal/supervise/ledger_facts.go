@@ -3,6 +3,7 @@ package supervise
 import (
 	"cmp"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 
@@ -53,15 +54,25 @@ func (f *facts) with(ktlsFacts []byte) {
 	f.Version, f.Suite = cmp.Or(f.Version, d.Version), cmp.Or(f.Suite, d.Suite)
 }
 
+// putFacts enters what is known of a session, before its first entry is written.
 func (l *ledger) putFacts(i int, f *facts) error {
-	return putPlace(l.slot(i)[factsOff:], f.without(f.Facts))
+	return putPlace(l.factsPlace(i, f), f.without(f.Facts))
+}
+
+// factsPlace is what there is room for: what has a Base may have keys as well.
+func (l *ledger) factsPlace(i int, f *facts) []byte {
+	l.touch(i) // so that the next supervisor finds it, if this one is killed
+	if len(f.Base) > 0 {
+		return l.slot(i)[factsOff:keysOff]
+	}
+	return l.slot(i)[factsOff:]
 }
 
 // putBigFacts is putFacts for those whose ktls facts are with the keeper.
 func (l *ledger) putBigFacts(i int, f *facts) error {
 	small := f.without(f.Facts)
 	small.Facts, small.Overflow = nil, true
-	return putPlace(l.slot(i)[factsOff:], small)
+	return putPlace(l.factsPlace(i, f), small)
 }
 
 // facts reads what putFacts wrote; big are the facts that putBigFacts left out.
@@ -78,10 +89,24 @@ func (l *ledger) facts(i int, big []byte) (*facts, error) {
 	return f, nil
 }
 
-// ktlsFacts are the facts of a slot that travel with its session, without decoding the
-// rest: every move needs them and none changes them. ok is false when they are not there
-// in the form in which putFacts writes; facts says why.
-func (l *ledger) ktlsFacts(i int) (b []byte, ok bool) {
+// ktlsFacts are the facts of a slot that travel with its session. Every move needs them
+// and none changes them.
+func (l *ledger) ktlsFacts(i int) (b []byte, ok bool) { return l.factsPart(i, 2) }
+
+// base is the record state of the handshake, of a session in the kernel layer.
+func (l *ledger) base(i int) ([]byte, error) {
+	if b, ok := l.factsPart(i, 11); ok {
+		return b, nil
+	}
+	if _, err := l.facts(i, nil); err != nil {
+		return nil, err
+	}
+	return nil, errors.New("record state in the ledger: nothing there")
+}
+
+// factsPart returns one of the facts of a slot without decoding the rest. ok is false when
+// it is not there in the form in which putFacts writes; facts says why.
+func (l *ledger) factsPart(i int, part uint64) (b []byte, ok bool) {
 	place := l.slot(i)[factsOff:]
 	n := int(binary.LittleEndian.Uint32(place[4:]))
 	if n == 0 || n > len(place)-8 || crc32.Checksum(place[4:8+n], crcTable) != binary.LittleEndian.Uint32(place) {
@@ -89,7 +114,7 @@ func (l *ledger) ktlsFacts(i int) (b []byte, ok bool) {
 	}
 	in := plaincbor.NewReader(place[8 : 8+n])
 	in.Map(func(key uint64) {
-		if key == 2 {
+		if key == part {
 			b = append([]byte(nil), in.Part()...)
 		} else {
 			in.Skip()

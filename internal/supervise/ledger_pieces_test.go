@@ -3,7 +3,6 @@ package supervise
 import (
 	"bytes"
 	"fmt"
-	"strings"
 	"testing"
 
 	"github.com/fxamacker/cbor/v2"
@@ -18,8 +17,8 @@ func TestPiecesAtEveryStore(t *testing.T) {
 			l, _ := newLedger(t, 2)
 			e := entry{ID: 7, Software: software, Phase: slotParked}
 			held := map[uint32]string{} // by piece, as it was written
-			keep := func(what string, size int) uint32 {
-				n, err := l.keepRecord(e.ID, []byte(what), size)
+			keep := func(what string) uint32 {
+				n, err := l.keepRecord(e.ID, []byte(what))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -39,13 +38,18 @@ func TestPiecesAtEveryStore(t *testing.T) {
 				got, ok, _ := next.get(0)
 				next.sweep()
 				named := map[string]bool{}
-				for _, n := range []uint32{got.Base, got.Kept} {
-					if !ok || n == 0 {
-						continue
-					}
+				pieces := 0
+				if n := got.Kept; ok && n != 0 {
 					r, err := next.record(n, got.ID)
 					if err != nil || string(r) != held[n] {
 						t.Errorf("%s: the entry names %q: %v", when, r, err)
+					}
+					named[string(r)], pieces = true, 1
+				}
+				if ok && got.Phase != slotFree && !software { // the session has its base for life
+					r, err := next.base(0)
+					if err != nil || string(r) != secrets[0] {
+						t.Errorf("%s: base %q: %v", when, r, err)
 					}
 					named[string(r)] = true
 				}
@@ -54,19 +58,19 @@ func TestPiecesAtEveryStore(t *testing.T) {
 						t.Errorf("%s: record state %q, named %v", when, s, named[s])
 					}
 				}
-				for range pieceCount(2) - 1 - len(named) {
-					if n, err := next.keepRecord(9, []byte("other"), pieceSize); err != nil || n == 0 || n == got.Base || n == got.Kept {
+				for range pieceCount(2) - 1 - pieces {
+					if n, err := next.keepRecord(9, []byte("other")); err != nil || n == 0 || n == got.Kept {
 						t.Fatalf("%s: piece %d, %v", when, n, err)
 					}
 				}
-				if _, err := next.keepRecord(9, []byte("other"), pieceSize); err == nil {
+				if _, err := next.keepRecord(9, []byte("other")); err == nil {
 					t.Errorf("%s: there are more pieces than there is memory for", when)
 				}
 			}
 			if software {
-				e.Kept = keep(secrets[0], pieceSize)
-			} else {
-				e.Base = keep(secrets[0], baseSize)
+				e.Kept = keep(secrets[0])
+			} else if err := l.putFacts(0, &facts{Pool: "p", Base: []byte(secrets[0])}); err != nil {
+				t.Fatal(err)
 			}
 			look("before the first entry")
 			l.put(0, e)
@@ -78,12 +82,12 @@ func TestPiecesAtEveryStore(t *testing.T) {
 				if software && bytes.Contains(l.mem, []byte(secrets[i])) {
 					t.Errorf("owner %d may go on, and the record state it was given is in the ledger", i)
 				}
-				e.Phase, e.Kept = slotParked, keep(s, pieceSize)
+				e.Phase, e.Kept = slotParked, keep(s)
 				look(fmt.Sprint("half parked by ", i))
 				l.put(0, e)
 				look(fmt.Sprint("parked by ", i))
 			}
-			e.Kept = keep(secrets[3], pieceSize) // parked anew, without an owner between
+			e.Kept = keep(secrets[3]) // parked anew, without an owner between
 			look("half parked anew")
 			l.put(0, e)
 			look("parked anew")
@@ -101,7 +105,7 @@ func TestPiecesAtEveryStore(t *testing.T) {
 // What is damaged or another session's is no record state.
 func TestForeignPiece(t *testing.T) {
 	l, _ := newLedger(t, 1)
-	n, err := l.keepRecord(7, []byte("state"), pieceSize)
+	n, err := l.keepRecord(7, []byte("state"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,12 +132,13 @@ func TestForeignPiece(t *testing.T) {
 // Numbers of pieces come back from an entry as they are, up to the most there can be.
 func TestEntryNamesPieces(t *testing.T) {
 	b := make([]byte, entrySize)
-	want := entry{Seq: 1, ID: 2, Base: 0xabcdef, Kept: 0xfedcba, Group: strings.Repeat("g", 64), RXBase: 1<<32 - 1, Owes: 255, Crashes: 255}
+	want := stored{entry{Seq: 1<<64 - 1, ID: 1<<64 - 2, Epoch: 1<<64 - 3, Owner: 1<<64 - 4, Accepted: -5, Moves: 1<<32 - 6, Phase: 15, Software: true, Blamed: true,
+		Flags: 255, Kept: 0xfedcba, RXBase: 1<<32 - 1, Owes: 255, Crashes: 254}, nameRef{n: 0xabcdef, check: 0x1234}}
 	encodeEntry(b, want)
-	if e, ok := decodeEntry(b); !ok || e != want {
-		t.Errorf("%+v, %v", e, ok)
+	if e := decodeEntry(b); e != want {
+		t.Errorf("%+v", e)
 	}
-	if pieceCount(1<<20) > 1<<24 { // config's limit of max_sessions
+	if pieceCount(1<<20) > 1<<24 || nameCount(1<<20) > 1<<24 { // config's limit of max_sessions
 		t.Error("more pieces than an entry can name")
 	}
 }

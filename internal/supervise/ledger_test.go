@@ -27,7 +27,7 @@ func TestLedgerOutlivesItsWriter(t *testing.T) {
 	l, fd := newLedger(t, 8)
 	e := sample
 	var err error
-	if e.Kept, err = l.keepRecord(sample.ID, []byte("rec"), pieceSize); err != nil {
+	if e.Kept, err = l.keepRecord(sample.ID, []byte("rec")); err != nil {
 		t.Fatal(err)
 	}
 	l.put(5, e)
@@ -68,11 +68,11 @@ func TestLedgerOutlivesItsWriter(t *testing.T) {
 func TestCommitIsAtomicAtEveryByte(t *testing.T) {
 	l, _ := newLedger(t, 1)
 	l.put(0, sample)
-	before := bytes.Clone(l.slot(0))
+	before, memBefore := bytes.Clone(l.slot(0)), bytes.Clone(l.mem)
 	after := sample
 	after.Owner, after.Epoch, after.Group = 99, wire.NewEpoch(3, 10), "elsewhere"
 	l.put(0, after)
-	full := bytes.Clone(l.slot(0))
+	full, memAfter := bytes.Clone(l.slot(0)), bytes.Clone(l.mem)
 	// Which entry was written, and the order of the stores: checksum destroyed, body,
 	// checksum last.
 	off := 0
@@ -80,7 +80,7 @@ func TestCommitIsAtomicAtEveryByte(t *testing.T) {
 		off = entrySize
 	}
 	for n := 0; n <= entrySize-4; n++ {
-		copy(l.slot(0), before)
+		copy(l.mem, memBefore)
 		s := l.slot(0)[off : off+entrySize]
 		clear(s[:4])
 		copy(s[4:4+n], full[off+4:off+4+n])
@@ -89,7 +89,7 @@ func TestCommitIsAtomicAtEveryByte(t *testing.T) {
 			t.Fatalf("killed after %d bytes: %+v, %v; the old owner should be on record", n, e, ok)
 		}
 	}
-	copy(l.slot(0), full)
+	copy(l.mem, memAfter)
 	if e, ok, _ := l.get(0); !ok || e.Owner != 99 || e.Group != "elsewhere" {
 		t.Fatalf("after the commit: %+v, %v", e, ok)
 	}
@@ -128,10 +128,10 @@ func TestLedgerRefusesWhatDoesNotFit(t *testing.T) {
 	if err := l.putFacts(0, &facts{Facts: make([]byte, factsSize)}); !errors.Is(err, errTooLarge) {
 		t.Errorf("facts: %v", err)
 	}
-	if _, err := l.keepRecord(1, make([]byte, pieceSize), pieceSize); !errors.Is(err, errTooLarge) {
+	if _, err := l.keepRecord(1, make([]byte, pieceSize)); !errors.Is(err, errTooLarge) {
 		t.Errorf("record: %v", err)
 	}
-	if _, err := l.keepRecord(1, make([]byte, pieceSize/2), baseSize); !errors.Is(err, errTooLarge) {
+	if err := l.putFacts(0, &facts{Base: make([]byte, factsSize-keysSize)}); !errors.Is(err, errTooLarge) {
 		t.Errorf("record of the handshake: %v", err)
 	}
 }

@@ -306,14 +306,14 @@ func (s *Supervisor) putParked(ss *session, rec []byte) {
 	if len(rec) == 0 {
 		return
 	}
-	if ss.base != 0 {
-		b, err := s.led.record(ss.base, ss.ID)
+	if !ss.software {
+		b, err := s.led.base(int(ss.slot))
 		if err == nil && bytes.Equal(b, rec) {
 			return // the ledger has it
 		}
 	}
 	var err error
-	if ss.kept, err = s.led.keepRecord(ss.ID, rec, pieceSize); err != nil {
+	if ss.kept, err = s.led.keepRecord(ss.ID, rec); err != nil {
 		s.log.Warn("the state of a parked session is not kept over a restart of the supervisor", "session", sid(ss.ID), "error", err)
 	}
 }

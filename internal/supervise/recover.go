@@ -1,7 +1,6 @@
 package supervise
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -175,6 +174,7 @@ func (s *Supervisor) recoverSessions(ctx context.Context) error {
 	for i := range list {
 		retained[list[i].Key.ID] = true
 	}
+	s.led.sweep()
 	used := s.led.used() // reading further would give memory to slots never used
 	for i := s.led.slots - 1; i >= used; i-- {
 		s.freeSlots = append(s.freeSlots, i)
@@ -195,7 +195,6 @@ func (s *Supervisor) recoverSessions(ctx context.Context) error {
 		}
 		s.recoverSession(ctx, i, e, retained)
 	}
-	s.led.sweep()
 	s.led.balance(len(s.sessions))
 	for id := range retained {
 		if s.sessions[id] == nil { // ended, or never entered
@@ -207,7 +206,7 @@ func (s *Supervisor) recoverSessions(ctx context.Context) error {
 }
 
 func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, retained map[uint64]bool) {
-	ss := &session{slot: uint32(slot), base: e.Base, kept: e.Kept, moves: e.Moves, accepted: e.Accepted, software: e.Software, rxBase: e.RXBase, owes: e.Owes, crashes: e.Crashes, blamed: e.Blamed}
+	ss := &session{slot: uint32(slot), kept: e.Kept, moves: e.Moves, accepted: e.Accepted, software: e.Software, rxBase: e.RXBase, owes: e.Owes, crashes: e.Crashes, blamed: e.Blamed}
 	ss.ID, ss.Epoch, ss.X = e.ID, e.Epoch, ss
 	if e.Phase == slotOwned { // of a dead worker: that it was interrupted is counted
 		ss.flags = e.Flags & wire.FlagInterrupted
@@ -249,7 +248,7 @@ func (s *Supervisor) recoverSession(ctx context.Context, slot int, e entry, reta
 	case !retained[ss.ID]:
 		s.lose(ss, goneWithWorker)
 	case e.Phase == slotParked:
-		r, err := s.led.record(cmp.Or(e.Kept, e.Base), ss.ID)
+		r, err := s.led.parked(slot, e)
 		if err != nil {
 			s.lose(ss, err.Error())
 			return

@@ -130,7 +130,7 @@ func (s *Supervisor) onRekey(w *worker, m *wire.Message) error {
 
 // onKeyUpdate follows the peer to its next key.
 func (s *Supervisor) onKeyUpdate(ss *session, m *wire.Rekey) error {
-	k := s.led.keys(ss.base, ktls.Receiving)
+	k := s.led.keys(int(ss.slot), ktls.Receiving)
 	defer k.wipe()
 	goal := uint64(ss.rxBase) + m.Count
 	if k.current == nil || m.Count == 0 || goal > uint64(k.gen)+1 {
@@ -158,7 +158,11 @@ func (s *Supervisor) followKey(ss *session, count uint64) {
 		s.failKeys(ss, wire.TypeRekeyed, err)
 		return
 	}
-	s.led.prepare(ss.base, ktls.Receiving, &k, c.Next, 0)
+	if err := s.led.prepare(int(ss.slot), ktls.Receiving, &k, c.Next, 0); err != nil {
+		forget(c)
+		s.failKeys(ss, wire.TypeRekeyed, err)
+		return
+	}
 	ss.change().rx = true
 	s.onSocket(ss, func(fd int) error {
 		defer forget(c)
@@ -169,7 +173,7 @@ func (s *Supervisor) followKey(ss *session, count uint64) {
 			s.failKeys(ss, wire.TypeRekeyed, err)
 			return
 		}
-		s.led.complete(ss.base, ktls.Receiving, k.gen)
+		s.led.complete(int(ss.slot), ktls.Receiving, k.gen)
 		s.led.count(cntKeyUpdates, 1)
 		s.sayRekey(ss, wire.TypeRekeyed, wire.Rekey{Count: count})
 	})
@@ -179,7 +183,7 @@ func (s *Supervisor) followKey(ss *session, count uint64) {
 func (s *Supervisor) startUpdate(ss *session, o owed) {
 	s.owe(ss, ss.owes|o)
 	r := ss.change()
-	if o != 0 && r.stage <= stagePausing && s.led.changing(ss.base, ktls.Sending) {
+	if o != 0 && r.stage <= stagePausing && s.led.changing(int(ss.slot), ktls.Sending) {
 		// A supervisor before this one had a KeyUpdate sent, perhaps before this was owed.
 		r.again = true
 	}
@@ -241,7 +245,10 @@ func (s *Supervisor) onPaused(ss *session, m *wire.Rekey) {
 		defer forget(c)
 		switch {
 		case err == nil && k.next == nil && !next:
-			s.led.prepare(ss.base, ktls.Sending, &k, c.Next, seq)
+			if err := s.led.prepare(int(ss.slot), ktls.Sending, &k, c.Next, seq); err != nil {
+				s.failKeys(ss, wire.TypeContinue, err)
+				return
+			}
 		case err == nil && k.next != nil && !next && seq == k.seq:
 			// A supervisor before this one came as far as this; its SEND was not carried out.
 		case err == nil && k.next != nil && (next || seq == k.seq+1):
@@ -310,7 +317,7 @@ func (s *Supervisor) notSent(ss *session, why error) {
 			s.failKeys(ss, wire.TypeContinue, doubt(err, k.seq, seq))
 			return
 		}
-		s.led.abort(ss.base, ktls.Sending, k.gen)
+		s.led.abort(int(ss.slot), ktls.Sending)
 		r.retryAt = s.now().Add(retryUpdate)
 		s.continueWriting(ss, why)
 	})
@@ -356,7 +363,7 @@ func (s *Supervisor) setSendingKey(ss *session) {
 
 // sentKeySet records that the sending key of the generation after gen is in force.
 func (s *Supervisor) sentKeySet(ss *session, gen uint32) {
-	s.led.complete(ss.base, ktls.Sending, gen)
+	s.led.complete(int(ss.slot), ktls.Sending, gen)
 	s.led.count(cntKeyUpdates, 1)
 	left := ss.owes &^ ss.change().asked
 	if ss.change().again {

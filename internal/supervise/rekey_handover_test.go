@@ -83,7 +83,7 @@ func TestKeyUpdatesAreCountedOverAGroupsWayBack(t *testing.T) {
 			if try.ID == ref.ID {
 				there = wire.Held{Ref: try, Phase: wire.PhaseAdopted, Group: "room"}
 				e := ss.slotEntry()
-				e.Owner, e.Epoch, e.Phase, e.RXBase = young.w.ID, ss.Try.Epoch, slotOwned, u.s.led.keys(ss.base, ktls.Receiving).gen
+				e.Owner, e.Epoch, e.Phase, e.RXBase = young.w.ID, ss.Try.Epoch, slotOwned, u.s.led.keys(int(ss.slot), ktls.Receiving).gen
 				u.s.led.put(int(ss.slot), e)
 			}
 		}

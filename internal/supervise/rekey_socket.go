@@ -25,8 +25,8 @@ type kernelKeys struct{}
 func (kernelKeys) position(fd int, k *ktls.KeyChange) (bool, uint64, error) { return k.Position(fd) }
 func (kernelKeys) apply(fd int, k *ktls.KeyChange) error                    { return k.Apply(fd) }
 
-// enterKeys puts a new session's secrets into its piece.
-func (s *Supervisor) enterKeys(base uint32, secrets []byte) error {
+// enterKeys puts a new session's secrets into its slot.
+func (s *Supervisor) enterKeys(slot int, secrets []byte) error {
 	if len(secrets) == 0 {
 		return nil
 	}
@@ -39,13 +39,13 @@ func (s *Supervisor) enterKeys(base uint32, secrets []byte) error {
 	if len(sec.TX) == 0 {
 		return nil // TLS 1.2
 	}
-	return s.led.initKeys(base, sec.TX, sec.RX)
+	return s.led.initKeys(slot, sec.TX, sec.RX)
 }
 
 // keyChange is the next step of a direction, and what the ledger says of it. The
 // secrets in it are wiped by forget.
 func (s *Supervisor) keyChange(ss *session, d ktls.Direction) (*ktls.KeyChange, keyState, error) {
-	k := s.led.keys(ss.base, d)
+	k := s.led.keys(int(ss.slot), d)
 	if k.current == nil {
 		return nil, k, errors.New("the ledger has no secrets of it")
 	}
@@ -162,7 +162,7 @@ func (s *Supervisor) settleKeys(ss *session, done func()) {
 		}
 		again, ss.rekey = r.again, nil
 	}
-	rx, tx := s.led.keys(ss.base, ktls.Receiving), s.led.keys(ss.base, ktls.Sending)
+	rx, tx := s.led.keys(int(ss.slot), ktls.Receiving), s.led.keys(int(ss.slot), ktls.Sending)
 	defer rx.wipe()
 	defer tx.wipe()
 	if rx.next == nil && tx.next == nil {
@@ -178,7 +178,7 @@ func (s *Supervisor) settleKeys(ss *session, done func()) {
 			return
 		}
 		steps = append(steps, func(fd int) error { defer forget(c); return s.keys.apply(fd, c) })
-		then = append(then, func() { s.led.complete(ss.base, ktls.Receiving, k.gen); s.led.count(cntKeyUpdates, 1) })
+		then = append(then, func() { s.led.complete(int(ss.slot), ktls.Receiving, k.gen); s.led.count(cntKeyUpdates, 1) })
 	}
 	if tx.next != nil {
 		c, k, err := s.keyChange(ss, ktls.Sending)
@@ -206,7 +206,7 @@ func (s *Supervisor) settleKeys(ss *session, done func()) {
 		})
 		then = append(then, func() {
 			if !sent {
-				s.led.abort(ss.base, ktls.Sending, k.gen)
+				s.led.abort(int(ss.slot), ktls.Sending)
 				return
 			}
 			ss.change().asked, ss.change().again = ss.owes, again

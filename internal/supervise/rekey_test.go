@@ -119,7 +119,7 @@ func (u *unit) keyedSession(k *fakeKernel) {
 		a.facts.Version, a.facts.Suite = tls.VersionTLS13, tls.TLS_AES_128_GCM_SHA256
 	})
 	u.s.call(func() {
-		if err := u.s.led.initKeys(u.s.sessions[id].base, k.tx.secret, k.rx.secret); err != nil {
+		if err := u.s.led.initKeys(int(u.s.sessions[id].slot), k.tx.secret, k.rx.secret); err != nil {
 			u.t.Error(err)
 		}
 	})
@@ -149,7 +149,7 @@ func (u *unit) wantKeys(id uint64, k *fakeKernel, tx, rx int, owes owed) {
 	})
 	u.s.call(func() {
 		ss := u.s.sessions[id]
-		a, b := u.s.led.keys(ss.base, ktls.Sending), u.s.led.keys(ss.base, ktls.Receiving)
+		a, b := u.s.led.keys(int(ss.slot), ktls.Sending), u.s.led.keys(int(ss.slot), ktls.Receiving)
 		if int(a.gen) != tx || int(b.gen) != rx || a.next != nil || b.next != nil || ss.owes != owes {
 			u.t.Errorf("ledger: generation %d and %d, changes under way %v and %v, owes %d; want %d and %d, none, %d",
 				a.gen, b.gen, a.next != nil, b.next != nil, ss.owes, tx, rx, owes)
@@ -548,27 +548,22 @@ func (u *unit) dieIn(k *fakeKernel, after bool, start func()) {
 // Whoever supervises when the ledger's page is torn finds the keys before or after.
 func TestKeysInTheLedger(t *testing.T) {
 	l, _ := newLedger(t, 1)
-	n, err := l.keepRecord(7, []byte("base"), baseSize)
-	if err != nil {
+	const n = 0
+	if err := l.putFacts(n, &facts{Pool: "p", Base: []byte("base")}); err != nil {
 		t.Fatal(err)
 	}
-	l.put(0, entry{ID: 7, Phase: slotOwned, Base: n})
+	l.put(n, entry{ID: 7, Phase: slotOwned})
 	tx, rx := bytes.Repeat([]byte{1}, 48), bytes.Repeat([]byte{2}, 48)
 	if err := l.initKeys(n, tx, rx); err != nil {
 		t.Fatal(err)
 	}
 	next := bytes.Repeat([]byte{3}, 48)
-	before := bytes.Clone(l.piece(n))
 	k := l.keys(n, ktls.Sending)
-	l.prepare(n, ktls.Sending, &k, next, 77)
-	after := bytes.Clone(l.piece(n))
-	// Every prefix of the bytes that were written.
-	for size := range len(after) + 1 {
-		copy(l.piece(n), append(bytes.Clone(after[:size]), before[size:]...))
-		got := l.keys(n, ktls.Sending)
-		if got.gen != 0 || !bytes.Equal(got.current, tx) || got.next != nil && (!bytes.Equal(got.next, next) || got.seq != 77) {
-			t.Fatalf("after %d bytes: %+v", size, got)
-		}
+	if err := l.prepare(n, ktls.Sending, &k, next, 77); err != nil { // TestKeysAtEveryByte tears it
+		t.Fatal(err)
+	}
+	if got := l.keys(n, ktls.Sending); got.gen != 0 || !bytes.Equal(got.current, tx) || !bytes.Equal(got.next, next) || got.seq != 77 {
+		t.Fatalf("prepared: %+v", got)
 	}
 	l.complete(n, ktls.Sending, 0)
 	if got := l.keys(n, ktls.Sending); got.gen != 1 || !bytes.Equal(got.current, next) || got.next != nil {
@@ -578,8 +573,10 @@ func TestKeysInTheLedger(t *testing.T) {
 		t.Error("the secret of the generation before is still in the ledger")
 	}
 	k = l.keys(n, ktls.Sending)
-	l.prepare(n, ktls.Sending, &k, tx, 5)
-	l.abort(n, ktls.Sending, k.gen)
+	if err := l.prepare(n, ktls.Sending, &k, tx, 5); err != nil {
+		t.Fatal(err)
+	}
+	l.abort(n, ktls.Sending)
 	if got := l.keys(n, ktls.Sending); got.gen != 1 || got.next != nil {
 		t.Fatalf("abort: %+v", got)
 	}
@@ -592,7 +589,9 @@ func TestKeysInTheLedger(t *testing.T) {
 	}
 	// Whoever was killed while a slot was freed may have left anything in it.
 	k = keyState{}
-	l.prepare(n, ktls.Receiving, &k, next, 0)
+	if err := l.prepare(n, ktls.Receiving, &k, next, 0); err != nil {
+		t.Fatal(err)
+	}
 	if err := l.initKeys(n, tx, rx); err != nil {
 		t.Fatal(err)
 	}

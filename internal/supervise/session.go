@@ -21,8 +21,7 @@ type session struct {
 	estate   *estate   // its owner died, and it has no other yet; see estate.go
 
 	slot   uint32
-	base   uint32 // its pieces in the ledger, as in entry
-	kept   uint32
+	kept   uint32 // its piece in the ledger, as in entry
 	moves  uint32
 	rxBase uint32 // see rekey.go
 
@@ -126,7 +125,7 @@ func (ss *session) overflowKey() keeper.Key {
 func (ss *session) slotEntry() entry {
 	e := entry{ID: ss.ID, Epoch: ss.Epoch, Accepted: ss.accepted, Moves: ss.moves,
 		Software: ss.software, Flags: ss.flags, Group: ss.groupName(), Phase: slotParked,
-		RXBase: ss.rxBase, Owes: ss.owes, Crashes: ss.crashes, Blamed: ss.blamed, Base: ss.base, Kept: ss.kept}
+		RXBase: ss.rxBase, Owes: ss.owes, Crashes: ss.crashes, Blamed: ss.blamed, Kept: ss.kept}
 	if ss.Owner != nil {
 		e.Owner, e.Phase = ss.Owner.ID, slotOwned
 	} else if ss.estate != nil {
