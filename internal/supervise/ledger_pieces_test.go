@@ -154,7 +154,16 @@ func TestUsualFactsFitASlot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, big := range map[string][]byte{"in the slot": nil, "with the keeper": want.Facts} {
+	software := want
+	for name, big := range map[string][]byte{"in the slot": nil, "with the keeper": want.Facts, "kernel layer": nil} {
+		if want = software; name == "kernel layer" {
+			want.Reason, want.Base = "", bytes.Repeat([]byte{7}, 40) // as long as what ktls writes
+			want.Facts, err = cbor.Marshal(map[int]any{1: 1, 2: make([]byte, 16), 3: want.Version, 4: want.Suite, 6: 1, 8: want.SNI, 9: want.ALPN,
+				11: 4588, 20: "[2001:db8:1:2:3:4:5:7]:65535", 21: want.Peer})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
 		put := l.putFacts
 		if big != nil {
 			put = l.putBigFacts
@@ -168,6 +177,9 @@ func TestUsualFactsFitASlot(t *testing.T) {
 		}
 		if big == nil && !bytes.Equal(got.Facts, want.Facts) {
 			t.Error("the facts are others")
+		}
+		if b, err := l.base(0); !bytes.Equal(b, want.Base) || (err == nil) != (len(want.Base) > 0) {
+			t.Errorf("%s: record state of the handshake %x, %v", name, b, err)
 		}
 		got.Facts, got.Overflow = want.Facts, false
 		if fmt.Sprint(*got) != fmt.Sprint(want) {
