@@ -97,6 +97,7 @@ Once started, an upgrade goes on even when this command is interrupted.
 	f.DurationVar(&u.soak, "soak", defaultSoak, "how long to watch the canary")
 	f.DurationVar(&u.probation, "probation", 0, "how long to keep the old generation after everything has moved (default the pool's own)")
 	f.BoolVar(&u.req.NoReturn, "no-return", false, "allow a canary or a probation although the old program cannot restore the new one's state")
+	f.IntVar(&u.req.Rate, "rate", 0, "move at most so many sessions a second (default the pool's move_rate)")
 	f.BoolVar(&u.req.Queue, "queue", false, "wait for what is under way, instead of being refused")
 	f.BoolVar(&u.dryRun, "dry-run", false, "say what would happen, and start nothing")
 	f.BoolVar(&u.req.Probe, "probe", false, "with --dry-run: start one worker of the new program, ask it which states it restores, and end it")
@@ -108,7 +109,7 @@ Once started, an upgrade goes on even when this command is interrupted.
 // check finds what does not go together, and completes the request.
 func (u *upgradeFlags) check(cmd *cobra.Command, args []string) error {
 	given := func(names ...string) bool { return slices.ContainsFunc(names, cmd.Flags().Changed) }
-	options := []string{"command", "wait", "canary", "soak", "probation", "no-return", "queue", "dry-run", "probe"}
+	options := []string{"command", "wait", "canary", "soak", "probation", "no-return", "rate", "queue", "dry-run", "probe"}
 	switch {
 	case u.supervisor && (len(args) > 0 || u.abort || given(options...)):
 		return usagef("--supervisor goes with neither a pool nor any option but --json")
@@ -122,6 +123,8 @@ func (u *upgradeFlags) check(cmd *cobra.Command, args []string) error {
 		return usagef("--soak is how long a canary is watched: say how large it is with --canary")
 	case given("soak") && u.soak <= 0:
 		return usagef("--soak %s is not positive", u.soak)
+	case given("rate") && u.req.Rate <= 0:
+		return usagef("--rate %d is not positive: say how many sessions may move in a second, or leave it out for the pool's move_rate", u.req.Rate)
 	case u.probation < 0:
 		return usagef("--probation %s is negative", u.probation)
 	}

@@ -153,6 +153,8 @@ func (r *UpgradeRequest) check() error {
 		return fmt.Errorf("a canary of %v percent is not possible: more than 0, less than 100: %w", r.Canary, ErrBadRequest)
 	case r.Soak < 0 || r.Soak > maxWatch:
 		return fmt.Errorf("soak %s is not possible, up to %s are: %w", r.Soak, maxWatch, ErrBadRequest)
+	case r.Rate < 0:
+		return fmt.Errorf("a rate of %d sessions a second is not possible: %w", r.Rate, ErrBadRequest)
 	case r.Soak > 0 && r.Canary == 0:
 		return fmt.Errorf("a soak needs a canary: %w", ErrBadRequest)
 	case r.Probation != nil && (*r.Probation < 0 || *r.Probation > maxWatch):

@@ -60,7 +60,7 @@ func TestOperationsRoundTrip(t *testing.T) {
 		}
 	}
 	probation := time.Duration(0)
-	ur := UpgradeRequest{Pool: "p", Command: "/bin/true", Canary: 2.5, Soak: time.Minute, Probation: &probation, NoReturn: true, Queue: true}
+	ur := UpgradeRequest{Pool: "p", Command: "/bin/true", Canary: 2.5, Soak: time.Minute, Probation: &probation, NoReturn: true, Rate: 7, Queue: true}
 	plan, err := c.Plan(ctx, ur)
 	want, _ := (&operations{}).Plan(ctx, ur)
 	if err != nil {
@@ -108,7 +108,7 @@ func TestOperationsThatMakeNoSense(t *testing.T) {
 	c, ctx := Dial(path), context.Background()
 	long, negative := 25*time.Hour, -time.Second
 	for path, reqs := range map[string][]interface{ check() error }{
-		"/v1/upgrade-plan": {&UpgradeRequest{Command: "relative"}, &UpgradeRequest{Canary: 100}, &UpgradeRequest{Canary: -1},
+		"/v1/upgrade-plan": {&UpgradeRequest{Command: "relative"}, &UpgradeRequest{Canary: 100}, &UpgradeRequest{Canary: -1}, &UpgradeRequest{Rate: -1},
 			&UpgradeRequest{Soak: time.Second}, &UpgradeRequest{Canary: 5, Soak: negative}, &UpgradeRequest{Probation: &long}, &UpgradeRequest{Probation: &negative}},
 		"/v1/scale":     {&ScaleRequest{}, &ScaleRequest{Workers: MaxWorkers + 1}, &ScaleRequest{Workers: 1, Wait: -1}},
 		"/v1/drain":     {&DrainRequest{}, &DrainRequest{PID: 1, Wait: -1}},

@@ -141,6 +141,9 @@ type UpgradeRequest struct {
 	// NoReturn allows a canary or a probation although the old program cannot restore
 	// what the new one writes.
 	NoReturn bool `json:"no_return,omitempty"`
+	// Rate is how many sessions may move in a second, at most; 0 is the pool's own
+	// (move_rate).
+	Rate int `json:"rate,omitempty"`
 	// Queue waits for the operation that is under way, instead of being refused.
 	Queue bool `json:"queue,omitempty"`
 	// Probe has Plan start one worker of the new program, without a session, and ask it

@@ -100,6 +100,7 @@ type Pool struct {
 	Rekey         string            `json:"rekey"`
 	ReadyTimeout  Duration          `json:"ready_timeout"`
 	FreezeTimeout Duration          `json:"freeze_timeout"`
+	MoveRate      int               `json:"move_rate,omitempty"` // sessions that are asked to move in a second, at most; 0: as fast as they go
 	StopTimeout   Duration          `json:"stop_timeout"`
 	Heartbeat     Duration          `json:"heartbeat"`           // how often a worker is asked whether it is there; 0: never
 	HangTimeout   Duration          `json:"hang_timeout"`        // one that does not answer for so long is killed

@@ -69,6 +69,7 @@ func (r *reader) config(c *Config, tree map[string]any) {
 					"rekey":          r.text(&p.Rekey),
 					"ready_timeout":  r.duration(&p.ReadyTimeout),
 					"freeze_timeout": r.duration(&p.FreezeTimeout),
+					"move_rate":      r.number(&p.MoveRate),
 					"stop_timeout":   r.duration(&p.StopTimeout),
 					"heartbeat":      r.duration(&p.Heartbeat),
 					"hang_timeout":   r.duration(&p.HangTimeout),

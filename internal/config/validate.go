@@ -93,6 +93,9 @@ func (c *Config) validatePool(p *problems, pool *Pool, key string) {
 	choice(p, key+".rekey", pool.Rekey, RekeyAuto, RekeyRequire)
 	c.duration(p, key+".ready_timeout", pool.ReadyTimeout)
 	c.duration(p, key+".freeze_timeout", pool.FreezeTimeout)
+	if pool.MoveRate < 0 {
+		p.add(key+".move_rate", "give a number of sessions a second, or leave it out for as fast as they go", "%d is negative", pool.MoveRate)
+	}
 	c.duration(p, key+".stop_timeout", pool.StopTimeout)
 	if pool.Heartbeat != 0 && (pool.Heartbeat.D() < minHeartbeat || pool.Heartbeat.D() > maxDuration) {
 		p.add(key+".heartbeat", fmt.Sprintf(`give a duration from %s to %s, "0s" for none, or leave it out for %s`, Duration(minHeartbeat), Duration(maxDuration), DefaultHeartbeat),

@@ -71,7 +71,7 @@ func (b *backend) operate(name string, queue bool, progress func(admin.Progress)
 // optionsOf are the options of an upgrade request, with the pool's own where it says
 // nothing.
 func optionsOf(p *pool, r *admin.UpgradeRequest) upgradeOptions {
-	o := upgradeOptions{canary: r.Canary, soak: r.Soak, probation: p.cfg.Probation.D(), noReturn: r.NoReturn}
+	o := upgradeOptions{canary: r.Canary, soak: r.Soak, probation: p.cfg.Probation.D(), noReturn: r.NoReturn, rate: r.Rate}
 	if o.soak <= 0 {
 		o.soak = defaultSoak
 	}

@@ -65,6 +65,10 @@ func (s *Supervisor) emptyRetiring(p *pool) {
 		if room < s.pace.window()/2 && room < len(w.Sessions) || now.Before(w.scanAt) {
 			continue
 		}
+		if room = s.throttled(p, room); room <= 0 {
+			continue
+		}
+		before := room
 		var list []*session
 		for _, ls := range w.Sessions {
 			if room <= 0 {
@@ -86,6 +90,7 @@ func (s *Supervisor) emptyRetiring(p *pool) {
 			room--
 		}
 		s.freeze(w, list, nil)
+		p.asked(before - room)
 		if room > 0 { // the rest is to be asked again later: not to be looked through at every event
 			w.scanAt = now.Add(tick / 2)
 		}

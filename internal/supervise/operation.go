@@ -115,6 +115,7 @@ type upgradeOptions struct {
 	soak      time.Duration
 	probation time.Duration
 	noReturn  bool
+	rate      int // sessions a second; 0: the pool's own
 }
 
 func (op *operation) say(format string, args ...any) {
@@ -366,7 +367,7 @@ func (s *Supervisor) endOperation(op *operation) {
 	if n := len(op.stalls); n > 0 {
 		r.StallP50, r.StallP99, r.StallMax = op.stalls[n/2], op.stalls[n*99/100], op.stalls[n-1]
 	}
-	if took := op.lastMove.Sub(op.firstMove); len(op.stalls) >= rateSample && took > 0 {
+	if took := op.lastMove.Sub(op.firstMove); len(op.stalls) >= rateSample && took > 0 && op.opts.rate == 0 && p.cfg.MoveRate == 0 {
 		p.rate = float64(len(op.stalls)) / took.Seconds()
 	}
 	if op.err != nil {

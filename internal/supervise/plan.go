@@ -1,6 +1,7 @@
 package supervise
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -133,14 +134,14 @@ func (s *Supervisor) planPool(p *pool, r *admin.UpgradeRequest) admin.PoolPlan {
 		}
 		return a.Why < b.Why
 	})
-	s.estimate(p, &out)
+	s.estimate(p, cmp.Or(r.Rate, p.cfg.MoveRate), &out)
 	out.NotChecked = p.notChecked(false)
 	return out
 }
 
 // estimate says how long the start of the workers and the moves would take, and how
-// that is known.
-func (s *Supervisor) estimate(p *pool, out *admin.PoolPlan) {
+// that is known. limit is how many may move in a second, 0 for no limit.
+func (s *Supervisor) estimate(p *pool, limit int, out *admin.PoolPlan) {
 	start, rate, from := p.startTook, p.rate, ""
 	if start > 0 {
 		from = fmt.Sprintf("the last worker took %s to get ready", start.Round(10*time.Millisecond))
@@ -152,6 +153,10 @@ func (s *Supervisor) estimate(p *pool, out *admin.PoolPlan) {
 	} else {
 		rate = assumedRate
 		from += fmt.Sprintf("; assumed: %d moves in a second", assumedRate)
+	}
+	if limit > 0 && rate > float64(limit) {
+		rate = float64(limit)
+		from += fmt.Sprintf("; limited to %d in a second", limit)
 	}
 	out.EstimateSecs, out.EstimateFrom = start.Seconds()+float64(out.Movable)/rate, from
 }

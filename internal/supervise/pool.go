@@ -33,6 +33,8 @@ type pool struct {
 
 	resume *probationRecord // of the supervisor before this one
 
+	throttle throttle
+
 	rate      float64       // sessions moved in a second, in the last operation that moved many
 	startTook time.Duration // of the worker that got ready last
 

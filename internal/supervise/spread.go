@@ -21,6 +21,9 @@ func (s *Supervisor) shift(from, to *worker, n int, fits func(size, done int) bo
 	if n <= 0 || room < s.pace.window()/2 && room < n {
 		return 0, n > 0
 	}
+	if room = s.throttled(from.pool, room); room <= 0 {
+		return 0, true
+	}
 	var list []*session
 	for _, ls := range from.Sessions {
 		ss := sessionOf(ls)
@@ -49,6 +52,7 @@ func (s *Supervisor) shift(from, to *worker, n int, fits func(size, done int) bo
 	if len(list) > 0 {
 		s.freeze(from, list, to)
 	}
+	from.pool.asked(done)
 	return done, room <= 0
 }
 

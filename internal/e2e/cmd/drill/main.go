@@ -37,10 +37,11 @@ func main() {
 	flag.IntVar(&d.sessions, "sessions", 1000, "clients; each sends ten times a second and checks every byte")
 	flag.IntVar(&d.idle, "idle", 0, "further clients, which say nothing before the end")
 	flag.IntVar(&d.upgrades, "upgrades", 0, "only so many upgrades, instead of all steps")
+	flag.IntVar(&d.rate, "rate", 0, "sessions that may move in a second; 0: as many as can")
 	flag.IntVar(&d.workers, "workers", 2, "worker processes")
 	flag.DurationVar(&d.watch, "watch", 2*time.Second, "how long to watch the clients after each step")
 	flag.Parse()
-	if flag.NArg() > 0 || d.sessions < 1 || d.idle < 0 || d.upgrades < 0 || d.workers < 1 {
+	if flag.NArg() > 0 || d.sessions < 1 || d.idle < 0 || d.upgrades < 0 || d.rate < 0 || d.workers < 1 {
 		flag.Usage()
 		os.Exit(2)
 	}
@@ -58,6 +59,7 @@ type drill struct {
 	bin               string
 	sessions, workers int
 	idle, upgrades    int
+	rate              int
 	watch             time.Duration
 
 	unit  *visor.Unit
@@ -184,7 +186,7 @@ func (d *drill) upgrade() error {
 func (d *drill) move() error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	r, err := d.unit.Admin.Upgrade(ctx, admin.UpgradeRequest{}, nil)
+	r, err := d.unit.Admin.Upgrade(ctx, admin.UpgradeRequest{Rate: d.rate}, nil)
 	if err != nil {
 		return err
 	}
