@@ -50,3 +50,45 @@ func TestGroupOverWhichItsNextHomeDies(t *testing.T) {
 		})
 	}
 }
+
+// The group goes on in another worker before it is known that the first one died over its
+// state: it is under no suspicion there, and one that is still on its way is.
+func TestGroupThatFoundAHomeMeanwhileIsNoSuspect(t *testing.T) {
+	for _, taken := range []bool{false, true} {
+		t.Run(map[bool]string{false: "offered", true: "taken"}[taken], func(t *testing.T) {
+			u, pass := poisonable(t)
+			home := u.marked()
+			ms := u.kernelMembers(home, 2, "room")
+			u.checkpoint(home, ms[0], "room", "state", 1)
+			next := u.marked()
+			u.dies(home)
+			next.expect(wire.TypeAdopt)
+			other := u.marked()
+			u.s.call(func() { // no more is known of it than that it hung up
+				u.s.refuseFor(next.w, "the worker closed its control channel")
+				next.w.deaf = true // it is offered nothing
+			})
+			next.expect(wire.TypeAbort)
+			pass(retryAfter)
+			ad := other.expect(wire.TypeAdopt)
+			if len(ad.Items) != 2 {
+				t.Fatalf("ADOPT %+v", ad)
+			}
+			if taken {
+				other.send(&wire.Message{Type: wire.TypeAdopted, Refs: refs(ad.Items[0].Ref, ad.Items[1].Ref)})
+				other.expect(wire.TypeResume)
+			}
+			u.dies(next, ms...)
+			suspects := 0
+			u.s.call(func() { suspects = len(u.pool.ward.suspects) })
+			for _, ref := range ms {
+				if _, e := u.owner(ref.ID); (e.Crashes == 0) != taken {
+					t.Errorf("the ledger says %d crashes", e.Crashes)
+				}
+			}
+			if (suspects == 0) != taken {
+				t.Errorf("%d suspects", suspects)
+			}
+		})
+	}
+}

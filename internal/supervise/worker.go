@@ -97,13 +97,13 @@ type worker struct {
 	doubtful  bool       // nobody knows for certain which of its sessions it serves
 	beat      heartbeat
 
-	beatenDead bool           // killed because it did not answer
-	able       wire.Abilities // what it can do besides
-	marks      *marks         // what it says it is handling; nil: it does not say
-	quarantine bool           // takes suspects only; see poison.go
-	offered    []uint64       // members of groups that it may have died over; see group_blame.go
-	bare       bool           // the keeper has no duplicates of its sockets; see bare.go
-	leaving    bool           // it is to go, by an operator's word; see scale.go
+	beatenDead bool                  // killed because it did not answer
+	able       wire.Abilities        // what it can do besides
+	marks      *marks                // what it says it is handling; nil: it does not say
+	quarantine bool                  // takes suspects only; see poison.go
+	offered    map[uint64]wire.Epoch // members of groups that it may have died over, and when; see group_blame.go
+	bare       bool                  // the keeper has no duplicates of its sockets; see bare.go
+	leaving    bool                  // it is to go, by an operator's word; see scale.go
 
 	waitingStates int // bytes of its checkpoints that wait to be written
 }
