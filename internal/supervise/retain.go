@@ -177,28 +177,34 @@ func (r *retainer) carryOut(batch []order) {
 
 // touchSockets ends connections, or looks whether they are open.
 func (r *retainer) touchSockets(ctx context.Context, run []order) error {
-	ids := make([]uint64, len(run))
-	orders := make(map[uint64]*order, len(run))
-	for i := range run {
-		ids[i] = run[i].shut
-		orders[ids[i]] = &run[i]
+	var ids []uint64
+	seen := map[uint64]bool{}
+	for i := range run { // a session may be named more than once
+		if id := run[i].shut; !seen[id] {
+			seen[id] = true
+			ids = append(ids, id)
+		}
 	}
 	entries, err := r.client.Get(ctx, keeper.KindSocket, ids...)
-	open := map[uint64]bool{}
+	socks := make(map[uint64][]int, len(entries))
 	for i := range entries {
-		for _, fd := range entries[i].FDs {
-			if orders[entries[i].Key.ID].look != nil {
-				open[entries[i].Key.ID] = sys.TCPOpen(fd)
+		socks[entries[i].Key.ID] = entries[i].FDs
+	}
+	for i := range run { // in order
+		open := err != nil // then nobody has seen it closed
+		for _, fd := range socks[run[i].shut] {
+			if run[i].look != nil {
+				open = sys.TCPOpen(fd)
 			} else {
 				_ = sys.ShutdownBoth(fd) // the peer may be gone already
 			}
 		}
-		sys.CloseAll(entries[i].FDs)
-	}
-	for i := range run {
 		if look := run[i].look; look != nil {
-			r.post(func() { look(open[run[i].shut] || err != nil) }) // nobody has seen it closed
+			r.post(func() { look(open) })
 		}
+	}
+	for i := range entries {
+		sys.CloseAll(entries[i].FDs)
 	}
 	return err
 }
