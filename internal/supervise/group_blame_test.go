@@ -9,7 +9,8 @@ import (
 
 // A worker dies while it takes a group's state over: the group goes on in quarantine, with
 // its state as often as it is offered at all, then without; the worker's own sessions go
-// elsewhere, nobody is closed, and no other worker is given the group.
+// elsewhere, nobody is closed, and no other worker is given the group. If workers go on
+// dying over it without the state, it is closed at last.
 func TestGroupOverWhichItsNextHomeDies(t *testing.T) {
 	for _, first := range []string{"channel ends first", "death seen first"} {
 		t.Run(first, func(t *testing.T) {
@@ -32,20 +33,24 @@ func TestGroupOverWhichItsNextHomeDies(t *testing.T) {
 			if got := other.adopts(1); got[0].ID != own.ID {
 				t.Fatalf("the bystander: %v", got)
 			}
-			for offers := 1; offers <= maxStateOffers; offers++ {
+			for crashes := 1; crashes < groupLimit(2); crashes++ {
+				if _, e := u.owner(ms[0].ID); int(e.Crashes) != crashes || u.poisoned() != 0 {
+					t.Errorf("the ledger says %d crashes, want %d; %d were closed", e.Crashes, crashes, u.poisoned())
+				}
 				ward := u.ward()
 				pass(5 * time.Second)
 				ad := ward.expect(wire.TypeAdopt)
-				if len(ad.Items) != 2 || len(ad.Blobs) != map[bool]int{true: 1}[offers < maxStateOffers] {
-					t.Fatalf("offer %d in quarantine: %+v", offers+1, ad)
+				if len(ad.Items) != 2 || len(ad.Blobs) != map[bool]int{true: 1}[crashes < maxStateOffers] {
+					t.Fatalf("offer %d in quarantine: %+v", crashes, ad)
 				}
-				if offers < maxStateOffers {
-					u.dies(ward, ms...)
-				}
+				u.dies(ward, ms...)
 			}
 			u.silent(other)
-			if _, e := u.owner(ms[0].ID); e.Crashes != 1 || u.poisoned() != 0 {
-				t.Errorf("the ledger says %d crashes, %d were closed", e.Crashes, u.poisoned())
+			for _, ref := range ms {
+				u.peerSeesEnd(ref.ID)
+			}
+			if n := u.poisoned(); n != 2 {
+				t.Errorf("%d were closed, want the group", n)
 			}
 		})
 	}
@@ -90,5 +95,54 @@ func TestGroupThatFoundAHomeMeanwhileIsNoSuspect(t *testing.T) {
 				t.Errorf("%d suspects", suspects)
 			}
 		})
+	}
+}
+
+// Worker after worker dies in a callback of a group that they serve: it goes on without its
+// state, and is closed when that does not help. A member that was not handled in all of the
+// crashes is not, nor is anybody when something else was being handled as well.
+func TestGroupInWhoseCallbacksWorkersDie(t *testing.T) {
+	u, pass := poisonable(t)
+	f := u.marked()
+	ms := u.kernelMembers(f, 3, "room")
+	u.checkpoint(f, ms[0], "room", "bad", 1)
+	alone := u.owned(f, false)
+	bad := ms[:2]
+	u.dies(f, append(refs(alone), bad...)...)
+	for crashes := 1; ; crashes++ {
+		ward := u.ward()
+		p, blobs, states := ward.play(), 0, 0
+		p.set(func() { p.seen = func(m *wire.Message) { blobs += len(m.Blobs) } })
+		for n := 0; u.loadOf(ward)[0] < len(ms)+1; n++ {
+			if n == 1000 {
+				t.Fatalf("after %d crashes not all came to the quarantine worker", crashes)
+			}
+			pass(100 * time.Millisecond)
+			time.Sleep(time.Millisecond)
+		}
+		u.surePlayed(ward)
+		p.set(func() { states = blobs })
+		if states != map[bool]int{true: 1}[crashes < maxStateOffers] {
+			t.Fatalf("after %d crashes the group came with %d states", crashes, states)
+		}
+		if crashes == groupLimit(2) {
+			u.dies(ward, bad...)
+			break
+		}
+		u.dies(ward, append(refs(alone), bad...)...)
+		if n := u.poisoned(); n != 0 {
+			t.Fatalf("%d closed, and another one was being handled each time", n)
+		}
+	}
+	for _, ref := range bad {
+		u.peerSeesEnd(ref.ID)
+	}
+	if n := u.poisoned(); n != 2 {
+		t.Errorf("%d were closed, want the two that were handled in each crash", n)
+	}
+	for _, ref := range refs(ms[2], alone) {
+		if _, e := u.owner(ref.ID); e.ID != ref.ID {
+			t.Errorf("session %d ended as well", ref.ID)
+		}
 	}
 }

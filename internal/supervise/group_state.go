@@ -32,8 +32,8 @@ type groupState struct {
 	writing bool        // the one before next
 }
 
-// maxStateOffers is how often a group is offered with a state that nobody takes before it
-// goes on without.
+// maxStateOffers is how often a group is offered with a state that nobody takes, and how
+// many workers in a row may die over the group, before it goes on without.
 const maxStateOffers = 3
 
 func stateKey(k ownership.GroupKey) keeper.Key {
@@ -112,8 +112,8 @@ func (s *Supervisor) stateReady(g *ownership.Group) bool {
 			go s.readGroupState(g.Key, st)
 		}
 		return false
-	case g.Blob != nil && st.offers >= maxStateOffers:
-		s.log.Error("group goes on without its state, which nobody takes", "group", g.Key.Name, "pool", g.Key.Pool)
+	case g.Blob != nil && (st.offers >= maxStateOffers || crashesOf(g) >= maxStateOffers):
+		s.log.Error("group goes on without its state, which nobody takes, or over which worker after worker dies", "group", g.Key.Name, "pool", g.Key.Pool)
 		g.Blob, st.read = nil, true
 	}
 	return true

@@ -23,7 +23,8 @@ import (
 //	     to the others       as often as poison     a time, until one is alone
 //	                         says: closed
 //
-// Only a session that was the only one being handled is ever closed. Which ones were,
+// Only a session that was the only one being handled is ever closed, or members of a group
+// that were the only ones, much later (group_blame.go). Which ones were,
 // a worker says in memory that outlives it (marks.go). Of a worker that does not say,
 // all sessions are suspects, if they are few.
 
@@ -140,7 +141,7 @@ func (s *Supervisor) blame(w *worker, was workerState) {
 		s.closePoison(list[0])
 		return
 	}
-	if len(list) == 0 {
+	if list = s.closeGroup(w, list); len(list) == 0 {
 		return
 	}
 	sort.Slice(list, func(i, j int) bool { return list[i].ID < list[j].ID })
@@ -212,6 +213,10 @@ func (s *Supervisor) closePoison(ss *session) {
 	}
 	s.log.Error("session closed as poison: worker after worker died while handling it, and nothing else", "session", sid(ss.ID),
 		"peer", peer, "pool", ss.pool.name, "crashes", ss.crashes)
+	s.endPoison(ss)
+}
+
+func (s *Supervisor) endPoison(ss *session) {
 	if op := ss.pool.op; op != nil {
 		op.report.Closed++
 		op.reason(wire.ReasonPoison.String())
