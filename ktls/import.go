@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/fault"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
@@ -35,20 +36,19 @@ func importSession(sock Socket, factsData, recordData []byte) (*Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("facts: %w", err)
 	}
-	var d decodedRecord
+	d := decodedRecords.Get().(*decodedRecord)
+	defer d.release()
 	r := &d.record
 	if err := d.decode(recordData); err != nil {
 		return nil, fmt.Errorf("record: %w", err)
 	}
-	defer r.TX.wipe()
-	defer r.RX.wipe()
 	if err := r.check(f); err != nil {
 		return nil, fmt.Errorf("record: %w", err)
 	}
 	if err := checkTCP(sock, f.Layer); err != nil {
 		return nil, err
 	}
-	layer, err := r.layer(sock, f)
+	layer, err := d.layer(sock, f)
 	if err != nil {
 		return nil, err
 	}
@@ -61,10 +61,23 @@ func importSession(sock Socket, factsData, recordData []byte) (*Conn, error) {
 	return c, nil
 }
 
-// decodedRecord is a record with a place for its keys.
+// decodedRecord is a record with places for its keys, and for what its layer takes from
+// it. Those of a process that adopts thousands of sessions are used again.
 type decodedRecord struct {
 	record
 	tx, rx keys
+	state  layerState
+}
+
+var decodedRecords = sync.Pool{New: func() any { return new(decodedRecord) }}
+
+// release wipes the keys, of which the layer has its own copy.
+func (d *decodedRecord) release() {
+	for _, k := range []*keys{d.TX, d.RX, &d.tx, &d.rx} {
+		k.wipe()
+	}
+	*d = decodedRecord{}
+	decodedRecords.Put(d)
 }
 
 func (d *decodedRecord) decode(b []byte) error {
@@ -121,10 +134,11 @@ func (r *record) check(f *facts) error {
 }
 
 // layer makes the record layer, checking what is its own.
-func (r *record) layer(sock Socket, f *facts) (recordLayer, error) {
-	st := layerState{raw: r.Raw, plain: r.Plain, sealed: r.Sealed, ctl: r.Ctl, typ: r.CtlTyp, wire: r.Wire, wireSeq: r.WireSeq, rxPos: r.RXPos, txPos: r.TXPos, alerted: r.TXEnd != endOpen}
+func (d *decodedRecord) layer(sock Socket, f *facts) (recordLayer, error) {
+	r, st := &d.record, &d.state
+	*st = layerState{raw: r.Raw, plain: r.Plain, sealed: r.Sealed, ctl: r.Ctl, typ: r.CtlTyp, wire: r.Wire, wireSeq: r.WireSeq, rxPos: r.RXPos, txPos: r.TXPos, alerted: r.TXEnd != endOpen}
 	if r.Layer == LayerKernel {
-		return importKernelLayer(sock, f.params(), &st)
+		return importKernelLayer(sock, f.params(), st)
 	}
 	suite, err := lookupSuite(f.Version, f.Suite)
 	if err != nil {
@@ -145,7 +159,7 @@ func (r *record) layer(sock Socket, f *facts) (recordLayer, error) {
 		rx.wipe()
 		return nil, err
 	}
-	l.restore(&st)
+	l.restore(st)
 	return l, nil
 }
 
