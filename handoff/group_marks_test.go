@@ -23,9 +23,13 @@ func TestMarksFollowGroupCallbacks(t *testing.T) {
 	p, q := startProc(t, app.serve, WithGroups(app)), startProc(t, app2.serve, WithGroups(app2))
 	words, words2 := withMarks(t, p, members+1), withMarks(t, q, members+1)
 	var inFreeze, inAdopt, inAdoptBack atomic.Int32
+	app.mu.Lock()
 	app.freeze = func(string) error { inFreeze.Store(int32(count(words, wire.MarkHandling))); return nil }
 	app.adopt = func(string) error { inAdoptBack.Store(int32(count(words, wire.MarkHandling))); return nil }
+	app.mu.Unlock()
+	app2.mu.Lock()
 	app2.adopt = func(string) error { inAdopt.Store(int32(count(words2, wire.MarkHandling))); return nil }
+	app2.mu.Unlock()
 	g := lobby(t, p, members)
 	settled(t, app, members)
 
