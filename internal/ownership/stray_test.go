@@ -63,3 +63,32 @@ func TestAStrayThatMovedDoesNotGoBack(t *testing.T) {
 		t.Error("the other stray stays for ever")
 	}
 }
+
+// What a worker says of a session that it does not own, or of an earlier ownership, ends
+// and moves nothing, whoever passes it on.
+func TestWrongWorkerChangesNothing(t *testing.T) {
+	s := &Session{ID: 1, Epoch: 10}
+	m := New(9, func(uint64) *Session { return s }, func(uint64) (uint64, wire.Epoch) { return 0, 0 })
+	owner, other := &Worker{ID: 1}, &Worker{ID: 2}
+	m.Restore(s, owner, nil)
+	try := m.Freeze(s, nil)
+	if try == nil {
+		t.Fatal("it cannot be moved")
+	}
+	ref := wire.Ref{ID: 1, Epoch: try.Epoch}
+	for what, v := range map[string]Verdict{
+		"CLOSED by another":              m.Closed(other, wire.Ref{ID: 1, Epoch: 10}, wire.ReasonPeer),
+		"CLOSED of an earlier ownership": m.Closed(owner, wire.Ref{ID: 1, Epoch: 9}, wire.ReasonPeer),
+		"PARKED by another":              m.Parked(other, ref),
+	} {
+		if v != Wrong {
+			t.Errorf("%s: verdict %d", what, v)
+		}
+	}
+	if v := m.Adopted(other, ref); v != Late {
+		t.Errorf("ADOPTED by whom nobody asked: verdict %d", v)
+	}
+	if s.Ended || s.Owner != owner || s.Epoch != 10 || s.Try != try || try.Step != Freezing {
+		t.Errorf("session %+v, attempt %+v", s, try)
+	}
+}
