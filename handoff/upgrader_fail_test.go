@@ -285,3 +285,16 @@ func TestUpgraderOldProcessEndsInTheMiddle(t *testing.T) {
 		})
 	}
 }
+
+// A program that is told to stop while an upgrade fails, after which it would accept again,
+// does not.
+func TestUpgraderStoppedAcceptsNoMore(t *testing.T) {
+	f := newFront(nil)
+	f.start()
+	f.end()
+	f.start() // as reopen does, in a goroutine
+	if f.isOpen() {
+		t.Error("it accepts after it was told to stop")
+	}
+	f.close()
+}

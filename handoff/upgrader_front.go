@@ -96,6 +96,7 @@ type front struct {
 	lns     []*frontListener
 	began   bool // Serve was called
 	open    bool // accepting
+	ended   bool // for good
 	saidNoF time.Time
 }
 
@@ -148,7 +149,7 @@ func (f *front) listen(network, addr string, cfg *ktls.Config) (net.Addr, error)
 func (f *front) start() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.open || f.ctx.Err() != nil {
+	if f.open || f.ended || f.ctx.Err() != nil {
 		return
 	}
 	f.open = true
@@ -168,6 +169,14 @@ func (f *front) pause() {
 	}
 	f.mu.Unlock()
 	f.loops.Wait()
+}
+
+// end stops accepting for good: an upgrade that has just failed is about to start again.
+func (f *front) end() {
+	f.mu.Lock()
+	f.ended = true
+	f.mu.Unlock()
+	go f.pause()
 }
 
 // close ends accepting and cuts handshakes short.

@@ -312,7 +312,7 @@ func (h *host) shutDown() {
 	}
 	h.log.Info("stopping", "sessions", len(h.residents))
 	h.role = roleStopping
-	go h.front.pause()
+	h.front.end()
 	h.stop() // the worker's context: its sessions are told and have some seconds
 }
 
