@@ -174,7 +174,7 @@ func (f *front) pause() {
 // end stops accepting for good: an upgrade that has just failed is about to start again.
 func (f *front) end() {
 	f.mu.Lock()
-	f.ended = true
+	f.ended, f.open = true, false
 	f.mu.Unlock()
 	go f.pause()
 }
