@@ -25,6 +25,7 @@ func TestRecordStateIsNotLogged(t *testing.T) {
 	young.expect(wire.TypeAdopt)
 	young.send(parkedItem(wire.Ref{ID: bystander, Epoch: try.Epoch}, secretText)) // it does not own it
 	u.dead(young)
+	u.until(func() bool { return len(u.s.estates) == 0 }) // until then the ledger says where to look for what it left
 	if owner, _ := u.owner(own.ID); owner != 0 {
 		t.Errorf("a dead worker owns it: %d", owner)
 	}
