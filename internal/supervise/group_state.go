@@ -2,6 +2,7 @@ package supervise
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -25,6 +26,9 @@ type groupState struct {
 	read       bool // it was read since the group lost its home
 	offers     int  // with it
 	unkept     bool // what the last home parked it with could not be written
+
+	charged *worker // in whose quota it is; see group_write.go
+	size    int     // there
 
 	// On its way to the keeper; see group_write.go.
 	next    *stateWrite // the newest, which waits
@@ -82,6 +86,7 @@ func (s *Supervisor) groupDone(k ownership.GroupKey) {
 		s.dropState(k, st)
 	case g.Home != nil:
 		st.read, st.offers, st.unkept = false, 0, false
+		st.charge(workerOf(g.Home), st.size)
 	}
 }
 
@@ -173,7 +178,11 @@ func (s *Supervisor) recoverGroupStates(ctx context.Context) error {
 			s.retain.delete(list[i].Key)
 			continue
 		}
-		s.groupStates[k] = &groupState{checkpoint: len(list[i].Meta) > 0}
+		st := &groupState{checkpoint: len(list[i].Meta) > 0}
+		if m := list[i].Meta; len(m) == 9 {
+			st.size = pages(int(binary.LittleEndian.Uint64(m[1:])))
+		}
+		s.groupStates[k] = st
 	}
 	return nil
 }

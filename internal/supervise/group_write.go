@@ -1,7 +1,9 @@
 package supervise
 
 import (
+	"encoding/binary"
 	"errors"
+	"fmt"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
 	"github.com/ktlsvisor/ktlsvisor/internal/ownership"
@@ -18,7 +20,50 @@ const (
 	maxStateAsked   = 1 << 10   // unanswered checkpoints of one group
 )
 
-var errStateBusy = errors.New("more checkpoints are under way than the supervisor takes at once; try again")
+// What is kept of one worker's groups is bounded as well, or a worker that has lost its
+// way, or lies, could fill the machine's memory and the keeper's descriptors, of which
+// every other worker's sessions need theirs.
+const (
+	maxStatesKept = 16 << 10 // groups
+	maxStateKept  = 1 << 30  // bytes, in whole pages
+)
+
+var (
+	errStateBusy  = errors.New("more checkpoints are under way than the supervisor takes at once; try again")
+	errStateQuota = fmt.Errorf("the states of this worker's groups are more than are kept for one worker (%d, %d MiB): this one is not, and an earlier one of the group stays", maxStatesKept, maxStateKept>>20)
+)
+
+// quota is what is kept of one worker's groups.
+type quota struct{ states, bytes int }
+
+// pages is what the keeper's copy of so many bytes takes.
+func pages(n int) int { return (max(n, 1) + 4095) &^ 4095 }
+
+// charge counts a state as kept for a worker, nil for nobody, and no more for another.
+func (st *groupState) charge(w *worker, size int) {
+	if st.charged != nil {
+		st.charged.kept.states--
+		st.charged.kept.bytes -= st.size
+	}
+	if st.charged, st.size = w, size; w != nil {
+		w.kept.states++
+		w.kept.bytes += size
+	}
+}
+
+// mayKeep says whether a worker's quota has room for a state of n bytes in the place of st,
+// which may be nil. What takes no more room than before can always be kept.
+func (w *worker) mayKeep(st *groupState, n int) bool {
+	q := quota{w.kept.states + 1, w.kept.bytes + pages(n)}
+	if st != nil && st.charged == w {
+		if pages(n) <= st.size {
+			return true
+		}
+		q.states--
+		q.bytes -= st.size
+	}
+	return q.states <= maxStatesKept && q.bytes <= maxStateKept
+}
 
 // stateWrite is a state of a group on its way to the keeper.
 type stateWrite struct {
@@ -39,6 +84,10 @@ func (s *Supervisor) putGroupState(k ownership.GroupKey, blob []byte, by *worker
 		then(errStateBusy)
 		return
 	}
+	if by != nil && !by.mayKeep(st, len(blob)) {
+		then(errStateQuota)
+		return
+	}
 	if st == nil {
 		st = &groupState{}
 		s.groupStates[k] = st
@@ -48,6 +97,7 @@ func (s *Supervisor) putGroupState(k ownership.GroupKey, blob []byte, by *worker
 		answers = s.takeWrite(st).then
 	}
 	st.checkpoint = st.checkpoint || by != nil
+	st.charge(by, pages(len(blob)))
 	st.next = &stateWrite{blob: blob, by: by, then: append(answers, then)}
 	if by != nil {
 		by.waitingStates += len(blob)
@@ -109,7 +159,7 @@ func (s *Supervisor) writeState(k ownership.GroupKey, st *groupState, w *stateWr
 	st.writing = true
 	var meta []byte
 	if st.checkpoint {
-		meta = []byte{1}
+		meta = binary.LittleEndian.AppendUint64([]byte{1}, uint64(len(w.blob)))
 	}
 	done := func(err error) {
 		s.writes--
@@ -144,6 +194,7 @@ func (s *Supervisor) writeState(k ownership.GroupKey, st *groupState, w *stateWr
 // dropState forgets the state of a group that is no more.
 func (s *Supervisor) dropState(k ownership.GroupKey, st *groupState) {
 	delete(s.groupStates, k)
+	st.charge(nil, 0)
 	s.retain.delete(stateKey(k))
 	if w := s.takeWrite(st); w != nil {
 		for _, then := range w.then {

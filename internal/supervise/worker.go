@@ -105,7 +105,8 @@ type worker struct {
 	bare       bool                  // the keeper has no duplicates of its sockets; see bare.go
 	leaving    bool                  // it is to go, by an operator's word; see scale.go
 
-	waitingStates int // bytes of its checkpoints that wait to be written
+	waitingStates int   // bytes of its checkpoints that wait to be written
+	kept          quota // of the states of its groups
 }
 
 func (w *worker) String() string {
