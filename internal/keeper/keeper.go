@@ -158,6 +158,7 @@ func (a *alarm) clear() {
 // It makes this process a subreaper and reaps every child: no other code of the
 // process may start or wait for children meanwhile.
 func Run(ctx context.Context, cfg Config) (exitCode int, err error) {
+	sys.SmallPages()
 	if err := cfg.complete(); err != nil {
 		for i := range cfg.Initial {
 			sys.CloseAll(cfg.Initial[i].FDs)

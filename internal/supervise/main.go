@@ -45,6 +45,7 @@ func serve(ctx context.Context, log hclog.Logger, version string, craft func(*ne
 	// keeper's to act on: it asks this process to stop.
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
 	started := time.Now()
+	sys.SmallPages()
 	p, err := openProcess()
 	if err != nil {
 		log.Error("supervisor cannot start", "error", err)

@@ -59,7 +59,7 @@ func startProcess(command []string, dir string, env []string, nofile uint64) (_ 
 	cmd.ExtraFiles = []*os.File{peer} // descriptor 3, wire.ChannelFD
 	// A process group of its own: Ctrl-C at the terminal is not meant for workers.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err = cmd.Start(); err != nil {
+	if err = sys.LargePages(cmd.Start); err != nil { // what suits this process may not suit a worker
 		return nil, err
 	}
 	// The pid is the child's for certain: nobody has waited for it yet.
