@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"syscall"
 	"time"
 
@@ -19,9 +20,12 @@ import (
 const probeEnd = 2 * time.Second
 
 // probe starts one worker, which gets no WELCOME and no session, hears what it can restore,
-// and ends it. It is no part of the pool: only the channel's end tells it what to do.
+// and ends it. It is no part of the pool: only the channel's end tells it what to do. No
+// successor would know of it, so the kernel ends it when this process dies.
 func (s *Supervisor) probe(ctx context.Context, pool string, cfg config.Pool, command []string) (*wire.Hello, error) {
-	sp, err := startProcess(command, cfg.Dir, workerEnv(cfg.Env), cfg.NoFile)
+	runtime.LockOSThread() // until the worker has been waited for
+	defer runtime.UnlockOSThread()
+	sp, err := startProcess(command, cfg.Dir, workerEnv(cfg.Env), cfg.NoFile, syscall.SIGKILL)
 	if err != nil {
 		return nil, fmt.Errorf("the new program cannot be started: %w", err)
 	}

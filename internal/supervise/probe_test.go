@@ -7,11 +7,13 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/config"
+	"github.com/ktlsvisor/ktlsvisor/pidfd"
 )
 
 // A program that never says what it can do, ends at once, or lives on when its channel has
@@ -45,5 +47,43 @@ func TestProbeOfAProgramThatIsNoWorker(t *testing.T) {
 	cancel()
 	if _, err := u.s.probe(ctx, "p", config.NewPool(), []string{"/bin/sleep", "1000"}); !errors.Is(err, context.Canceled) {
 		t.Errorf("nobody waits for it any more: %v", err)
+	}
+}
+
+// A worker that was started for a dry run, and does not mind the end of its channel, ends
+// when its supervisor, here another process of this test, is killed.
+func TestProbeEndsWithItsSupervisor(t *testing.T) {
+	const env = "KTLSVISOR_TEST_PROBE"
+	if file := os.Getenv(env); file != "" {
+		_, err := newUnit(t).s.probe(t.Context(), "p", config.NewPool(), []string{"/bin/sh", "-c",
+			"trap '' PIPE; echo $$ > " + file + ".new; mv " + file + ".new " + file + "; exec sleep 1000"})
+		t.Fatal(err)
+	}
+	file := t.TempDir() + "/pid"
+	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), env+"="+file)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	kill := sync.OnceFunc(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	defer kill()
+	pid := 0
+	for deadline := time.Now().Add(patience); pid == 0; time.Sleep(time.Millisecond) {
+		b, _ := os.ReadFile(file)
+		pid, _ = strconv.Atoi(strings.TrimSpace(string(b)))
+		if time.Now().After(deadline) {
+			t.Fatal("the program does not start")
+		}
+	}
+	p, err := pidfd.Open(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = p.Close() }()
+	kill()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if err := p.Wait(ctx); err != nil {
+		t.Errorf("process %d lives on: %v", pid, errors.Join(err, p.Signal(syscall.SIGKILL)))
 	}
 }

@@ -25,8 +25,9 @@ type spawned struct {
 }
 
 // startProcess starts a worker process. It touches no shared state. On error
-// nothing is left open or running.
-func startProcess(command []string, dir string, env []string, nofile uint64) (_ *spawned, err error) {
+// nothing is left open or running. end, unless 0, is the signal that the process gets when
+// the calling thread ends (PR_SET_PDEATHSIG); the caller has to lock that.
+func startProcess(command []string, dir string, env []string, nofile uint64, end syscall.Signal) (_ *spawned, err error) {
 	a, b, err := sys.PacketPair()
 	if err != nil {
 		return nil, err
@@ -58,7 +59,7 @@ func startProcess(command []string, dir string, env []string, nofile uint64) (_ 
 	cmd.Stdout, cmd.Stderr = writers[0], writers[1]
 	cmd.ExtraFiles = []*os.File{peer} // descriptor 3, wire.ChannelFD
 	// A process group of its own: Ctrl-C at the terminal is not meant for workers.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: end}
 	if err = sys.LargePages(cmd.Start); err != nil { // what suits this process may not suit a worker
 		return nil, err
 	}
@@ -107,7 +108,7 @@ func (s *Supervisor) spawn(p *pool, gen uint32, command []string, then func(*wor
 	p.starting++
 	cfg := p.cfg
 	go func() {
-		sp, err := startProcess(command, cfg.Dir, workerEnv(cfg.Env), cfg.NoFile)
+		sp, err := startProcess(command, cfg.Dir, workerEnv(cfg.Env), cfg.NoFile, 0)
 		s.post(func() {
 			p.starting--
 			defer s.checkAllDead()

@@ -88,7 +88,7 @@ func TestProgramThatCannotBeStartedLeaksNothing(t *testing.T) {
 	}
 	sys.CloseAll([]int{first})
 	for range 3 {
-		if _, err := startProcess([]string{"/nonexistent"}, "", nil, 0); err == nil {
+		if _, err := startProcess([]string{"/nonexistent"}, "", nil, 0, 0); err == nil {
 			t.Fatal("it was started")
 		}
 	}
