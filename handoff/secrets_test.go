@@ -5,30 +5,18 @@ import (
 	"encoding/hex"
 	"fmt"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/hashicorp/go-hclog"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/testlog"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
-
-// heard is a log that several goroutines write.
-type heard struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (h *heard) Write(p []byte) (int, error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.b.Write(p)
-}
 
 // A worker logs nothing of a session's record, which has its keys: in moves, in one that
 // is called off, at its end, and when the record cannot be used.
 func TestRecordIsNotLogged(t *testing.T) {
-	var log heard
+	var log testlog.Buffer
 	opt := WithLogger(hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: &log}))
 	a, b := startProc(t, echoHandler, opt), startProc(t, echoHandler, opt)
 	s := software(t)
@@ -49,9 +37,7 @@ func TestRecordIsNotLogged(t *testing.T) {
 	_ = s.cli.CloseWrite()
 	b.expectClosed(s, wire.ReasonPeer)
 	a.inventory()
-	log.mu.Lock()
-	text := log.b.String()
-	log.mu.Unlock()
+	text := log.String()
 	if !strings.Contains(text, "session ended") {
 		t.Fatalf("not the log: %q", text)
 	}

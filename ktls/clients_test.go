@@ -11,9 +11,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/testlog"
 )
 
 // Real clients of other make. Guests have none, so these run on the host.
@@ -38,25 +39,7 @@ type client struct {
 	cmd *exec.Cmd
 	in  io.WriteCloser
 	out *bufio.Reader
-	log syncBuffer // its stderr
-}
-
-// syncBuffer is written by the command's goroutine and read by the test's.
-type syncBuffer struct {
-	mu sync.Mutex
-	b  strings.Builder
-}
-
-func (b *syncBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *syncBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
+	log testlog.Buffer // its stderr
 }
 
 // waitLog waits until the program has said text n times on its stderr.

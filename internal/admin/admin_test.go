@@ -18,6 +18,8 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/hashicorp/go-hclog"
 	"go.uber.org/goleak"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/testlog"
 )
 
 func TestMain(m *testing.M) {
@@ -59,38 +61,20 @@ func (b *fakeBackend) Stop(ctx context.Context, grace time.Duration) error {
 	return b.stop(ctx, grace)
 }
 
-// lockedLog collects log output of many goroutines.
-type lockedLog struct {
-	mu sync.Mutex
-	b  strings.Builder
-}
-
-func (l *lockedLog) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedLog) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
 // serve runs a server for the length of a test.
-func serve(t *testing.T, b Backend) (path string, log *lockedLog, shutdown func()) {
+func serve(t *testing.T, b Backend) (path string, log *testlog.Buffer, shutdown func()) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "a.sock")
 	l, err := Listen(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	log = &lockedLog{}
+	log = &testlog.Buffer{}
 	shutdown = serveOn(t, l, b, log)
 	return path, log, shutdown
 }
 
-func serveOn(t *testing.T, l net.Listener, b Backend, log *lockedLog) (shutdown func()) {
+func serveOn(t *testing.T, l net.Listener, b Backend, log *testlog.Buffer) (shutdown func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -262,7 +246,7 @@ func TestStatusSurvivesRestart(t *testing.T) {
 	}
 	serveOn(t, again, &fakeBackend{status: func() (*Status, error) {
 		return &Status{Supervisor: SupervisorStatus{Generation: 2}}, nil
-	}}, &lockedLog{})
+	}}, &testlog.Buffer{})
 	if a := <-got; a.err != nil || a.st.Supervisor.Generation != 2 {
 		t.Errorf("Status = %+v, %v", a.st, a.err)
 	}

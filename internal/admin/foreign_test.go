@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/testlog"
 )
 
 // foreignEnv makes the test binary a client of another uid; see TestMain.
@@ -70,7 +72,7 @@ func TestForeignUIDCannotConnect(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	serveOn(t, l, &fakeBackend{}, &lockedLog{})
+	serveOn(t, l, &fakeBackend{}, &testlog.Buffer{})
 	out := runForeign(t, path)
 	if !strings.Contains(out, "forbidden=true") || !strings.Contains(out, "belongs to another user") {
 		t.Errorf("the foreign client says: %s", out)
@@ -87,7 +89,7 @@ func TestForeignUIDIsRefused(t *testing.T) {
 	if err := os.Chmod(path, 0o666); err != nil {
 		t.Fatal(err)
 	}
-	log := &lockedLog{}
+	log := &testlog.Buffer{}
 	asked := false
 	serveOn(t, l, &fakeBackend{status: func() (*Status, error) { asked = true; return &Status{}, nil }}, log)
 	out := runForeign(t, path)

@@ -18,6 +18,7 @@ var rules = []rule{
 	{path: "internal/sys", why: "it is the kernel edge and decides nothing: whatever it needed of ours would be a decision"},
 	{path: "internal/fault", why: "what is made to fail must not be what makes it fail"},
 	{path: "internal/plaincbor", why: "it is a form of bytes and knows nothing of what they mean", not: []string{"reflect", "unsafe"}},
+	{path: "internal/testlog", why: "the tests of any package use it"},
 	{path: "internal/archtest", why: "it looks at the others from outside"},
 	{path: "internal/vmtest/spec", why: "it is shared by the host and the init of a guest, and holds types only"},
 	{path: "internal/vmtest/guest", may: []string{"internal/sys"}, why: "the tests of every package import it"},
@@ -60,4 +61,4 @@ var rules = []rule{
 }
 
 // testsMay is what the tests of any package may import as well.
-var testsMay = []string{"internal/load", "internal/vmtest/guest"}
+var testsMay = []string{"internal/load", "internal/testlog", "internal/vmtest/guest"}

@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/load"
+	"github.com/ktlsvisor/ktlsvisor/internal/testlog"
 )
 
 // A program that is its own supervisor, as its users build and run it.
@@ -287,7 +288,7 @@ func TestEmbeddedOpenSSL(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var out syncBuffer
+	var out testlog.Buffer
 	cmd.Stdout = &out
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -303,21 +304,4 @@ func TestEmbeddedOpenSSL(t *testing.T) {
 			s.upgrade()
 		}
 	}
-}
-
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (s *syncBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/testlog"
 )
 
 // worker starts a worker with its stdout with the keeper.
@@ -108,7 +109,7 @@ func TestDrainWithoutDescriptors(t *testing.T) {
 	_ = r.Close()
 	h := newHeld(Key{Kind: KindOutput, ID: 1, Name: "echo-1"}, nil, []int{fd})
 	defer h.release()
-	var out syncBuffer
+	var out testlog.Buffer
 	d := drains{log: hclog.NewNullLogger(), sink: newSink(&out)}
 	defer d.sink.close()
 	defer d.stop()

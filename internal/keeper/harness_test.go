@@ -1,7 +1,6 @@
 package keeper
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"net"
@@ -10,10 +9,11 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/testlog"
 )
 
 // world is a keeper process and the test's connections to what it starts.
@@ -21,26 +21,9 @@ type world struct {
 	t    *testing.T
 	cmd  *exec.Cmd
 	ln   *net.UnixListener
-	out  syncBuffer
-	log  syncBuffer
+	out  testlog.Buffer
+	log  testlog.Buffer
 	exit chan int
-}
-
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (s *syncBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }
 
 func self(t *testing.T) string {

@@ -1,10 +1,8 @@
 package supervise
 
 import (
-	"bytes"
 	"errors"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -13,6 +11,7 @@ import (
 
 	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
 	"github.com/ktlsvisor/ktlsvisor/internal/sys"
+	"github.com/ktlsvisor/ktlsvisor/internal/testlog"
 	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
@@ -94,7 +93,7 @@ func TestKernelLayerWaitsForAnArenaOnce(t *testing.T) {
 // and it is said which ones.
 func TestDamagedArenaIsSaid(t *testing.T) {
 	u := newUnit(t)
-	var said saying
+	var said testlog.Buffer
 	f := u.worker(1)
 	ref := u.owned(f, false)
 	fd, err := sys.SharedMemfd("damaged", 1<<20)
@@ -118,22 +117,4 @@ func TestDamagedArenaIsSaid(t *testing.T) {
 	if text := said.String(); !strings.Contains(text, "count=1 sessions="+sid(ref.ID)) {
 		t.Errorf("said: %s", text)
 	}
-}
-
-// saying is a log that several goroutines write.
-type saying struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (s *saying) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *saying) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }
