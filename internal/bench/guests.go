@@ -37,6 +37,7 @@ func Guests(ctx context.Context, root string, kernels []string, only, commit str
 		BootLimit: 80 * time.Minute,
 		TestLimit: 75 * time.Minute,
 		Memory:    6 << 10,
+		Verbose:   true, // it takes long: what it has come to is shown meanwhile
 	})
 	for _, b := range boots {
 		part, perr := fromGuest(b)

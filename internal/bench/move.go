@@ -92,7 +92,7 @@ func MeasureMove(o MoveOptions) (m Move, err error) {
 	}
 	defer func() { err = errors.Join(err, clients.stop()) }()
 	began := time.Now()
-	if _, err := clients.order("open %d", o.Sessions); err != nil {
+	if err := o.open(clients); err != nil {
 		return m, err
 	}
 	if err := o.settled(u); err != nil {
@@ -126,6 +126,25 @@ func MeasureMove(o MoveOptions) (m Move, err error) {
 	c.into(&m)
 	m.StallP50, m.StallP99, m.StallMax = quantile(stalls[0], .5), quantile(stalls[1], .5), quantile(stalls[2], .5)
 	return m, nil
+}
+
+// sayEvery is how often somebody who waits hears how far it has come.
+const sayEvery = 5 * time.Second
+
+// open has the clients connect.
+func (o MoveOptions) open(clients *child) error {
+	said := time.Now()
+	for n := 0; n < o.Sessions; {
+		n = min(n+openTogether, o.Sessions)
+		if _, err := clients.order("open %d", n); err != nil {
+			return fmt.Errorf("opening %d sessions: %w", n, err)
+		}
+		if time.Since(said) >= sayEvery {
+			said = time.Now()
+			o.Say("  %d sessions are open", n)
+		}
+	}
+	return nil
 }
 
 // collected is what the turns of a measurement gave.
@@ -221,7 +240,12 @@ func (o MoveOptions) turn(u *visor.Unit, begin, end bool) (t moveTurn, err error
 		before map[int]time.Duration
 		perr   error
 	)
+	var said time.Time
 	r, err := u.Admin.Upgrade(ctx, admin.UpgradeRequest{Wait: o.Patience}, func(p admin.Progress) {
+		if time.Since(said) >= sayEvery {
+			said = time.Now()
+			o.Say("  %s", p.Text)
+		}
 		if strings.Contains(p.Text, ", moving ") {
 			first = sys.Monotonic()
 			before, perr = cpuOf(append([]int{lasting["keeper"], lasting["supervisor"]}, o.workers(u, nil)...))
