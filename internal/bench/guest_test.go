@@ -34,24 +34,6 @@ func TestKernelLayer(t *testing.T) {
 		}
 		tell(t, Report{Results: []Comparison{r}})
 	}
-	for _, m := range GuestMoves() {
-		if !full {
-			m.Sessions, m.Turns = min(m.Sessions, 200), 1
-		}
-		if full && !only.MatchString(m.ID()) {
-			continue
-		}
-		roomFor(t, m.Sessions)
-		m.Dir, m.Say = shortDir(t), t.Logf
-		r, err := MeasureMove(m)
-		if err != nil {
-			t.Fatal(err)
-		}
-		tell(t, Report{Moves: []Move{r}})
-		if !full {
-			break
-		}
-	}
 	if !full || only.MatchString("idle-kernel") {
 		few, many := 10, 20
 		if full {
@@ -63,6 +45,41 @@ func TestKernelLayer(t *testing.T) {
 			t.Fatal(err)
 		}
 		tell(t, Report{Idle: []Idle{i}})
+	}
+}
+
+// TestKernelMoves measures moves of sessions of the kernel layer, likewise.
+func TestKernelMoves(t *testing.T) {
+	guest.NeedKernelTLS(t)
+	full := os.Getenv(envGuest) != ""
+	only, err := regexp.Compile(os.Getenv(envGuestRun))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// To go from one process to another, and to another processor, takes half a
+	// millisecond in an emulated machine: much longer than anything that is measured.
+	if err := sys.PatientScheduling(20 * time.Millisecond); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("GOMAXPROCS", "1")
+	for _, m := range GuestMoves() {
+		if !full {
+			m.Sessions, m.Turns = min(m.Sessions, 200), 1
+		}
+		if full && !only.MatchString(m.ID()) {
+			continue
+		}
+		roomFor(t, m.Sessions)
+		m.Dir, m.Say = shortDir(t), t.Logf
+		m.Say("%s", m.ID())
+		r, err := MeasureMove(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tell(t, Report{Moves: []Move{r}})
+		if !full {
+			break
+		}
 	}
 }
 

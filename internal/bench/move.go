@@ -185,13 +185,13 @@ func HostMoves() []MoveOptions {
 	return []MoveOptions{at(true, 1000, 11), at(true, 10000, 7), at(false, 10000, 5), self(1000, 11), self(10000, 7)}
 }
 
-// GuestMoves are those in a guest: time per session at ten thousand and at a hundred
-// thousand, over several workers.
+// GuestMoves are those in a guest: what a session takes with ten thousand and with a
+// hundred thousand, over several workers.
 func GuestMoves() []MoveOptions {
 	at := func(sessions, turns int) MoveOptions {
 		return MoveOptions{Layer: "kernel", Sessions: sessions, Workers: 4, Rest: true, Turns: turns, Patience: 20 * time.Minute}
 	}
-	return []MoveOptions{at(10000, 3), at(100000, 2)}
+	return []MoveOptions{at(10000, 2), at(20000, 1), at(50000, 1), at(100000, 1)}
 }
 
 // ID names the measurement.

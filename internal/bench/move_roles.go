@@ -83,6 +83,9 @@ func moveKeeper(args []string, log hclog.Logger) error {
 		return err
 	}
 	cfg.MaxSessions = 1 << 17
+	// Emulated machines take long for everything.
+	cfg.Pools[0].ReadyTimeout, cfg.Pools[0].FreezeTimeout = config.Duration(time.Minute), config.Duration(time.Minute)
+	cfg.Pools[0].HangTimeout = config.Duration(2 * time.Minute)
 	cfg.Pools[0].Env = map[string]string{}
 	for _, name := range []string{envRole, envRest, envProfile} {
 		if v := os.Getenv(name); v != "" {
@@ -237,7 +240,7 @@ func clientOrders(in *bufio.Scanner, out io.Writer, open func(want int) (int, er
 
 // openTogether is how many clients connect at a time: where switching between processes
 // takes longest, in emulated machines, one at a time takes several times as long.
-const openTogether = 128
+const openTogether = 256
 
 // openThin opens n clients, of which there are already at.
 func openThin(addr string, at, n int) (socks []*net.TCPConn, err error) {

@@ -9,10 +9,12 @@ import (
 // pace decides how many sessions of a worker are under way at once. Few make messages
 // that cost more than what is in them; many wait for each other, and a client whose
 // session waits is kept waiting. So there are as many as come through in a few
-// milliseconds on this machine, with what else it does at this moment. It belongs to the
-// ledger's goroutine.
+// milliseconds on this machine, with what else it does at this moment. Where not even the
+// fewest do, fewer only make more messages, and what counts is that many do not take much
+// longer than few. It belongs to the ledger's goroutine.
 type pace struct {
 	n       int                  // 0: nothing is known yet
+	few     time.Duration        // what the fewest took when there were so few last, or less since
 	offered map[uint64]time.Time // when PARKED came, for the last session of each message
 	slower  time.Time            // it was slowed down last
 }
@@ -23,6 +25,10 @@ const (
 	// From PARKED to ADOPTED, which no handler can delay.
 	paceQuick = 3 * time.Millisecond
 	paceSlow  = 6 * time.Millisecond
+	// So many batches later the fewest are tried anew: the machine may be quicker then.
+	paceMemory = 64
+	// Far from adoptTimeout.
+	paceLongest = 2 * time.Second
 )
 
 // window is how many sessions of one worker may be under way.
@@ -54,10 +60,14 @@ func (p *pace) adopted(m *wire.Message, now time.Time) {
 
 func (p *pace) took(d time.Duration, now time.Time) {
 	n := p.window()
+	p.few -= p.few / paceMemory
+	if n == paceLeast || d < p.few {
+		p.few = d
+	}
 	switch {
-	case d < paceQuick:
+	case d < max(paceQuick, p.few*3/2):
 		p.n = min(window, n+n/4)
-	case d > paceSlow && now.Sub(p.slower) > d: // what is under way says the same once more
+	case d > max(paceSlow, min(p.few*3, paceLongest)) && now.Sub(p.slower) > d: // what is under way says the same once more
 		p.n, p.slower = max(paceLeast, n-n/4), now
 	}
 }

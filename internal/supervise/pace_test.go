@@ -41,10 +41,22 @@ func TestPace(t *testing.T) {
 		t.Errorf("one slow moment: %d", p.window())
 	}
 	for range 30 {
+		batch(time.Duration(p.window()) * time.Millisecond)
+	}
+	if n := p.window(); n > 3*paceLeast {
+		t.Errorf("batches as slow as they are large give a window of %d", n)
+	}
+	for range 60 {
 		batch(50 * time.Millisecond)
 	}
-	if p.window() != paceLeast {
-		t.Errorf("slow batches give a window of %d", p.window())
+	if n := p.window(); n < window/2 {
+		t.Errorf("where small batches take as long as large ones: %d", n)
+	}
+	for range 200 {
+		batch(time.Duration(p.window()) * 250 * time.Microsecond)
+	}
+	if n := p.window(); n < paceLeast || n > 40 {
+		t.Errorf("on a quick machine again: %d", n)
 	}
 	for id := range uint64(10 * window) { // sessions that nobody adopts are forgotten
 		p.parked(&wire.Message{Items: []wire.Item{{Ref: wire.Ref{ID: id + 1}}}}, now)

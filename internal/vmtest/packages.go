@@ -32,7 +32,7 @@ var testPackages = []testPackage{
 	{path: "handoff"},
 	{path: "handoff/handoffhttp"},
 	{path: "internal/demo", progs: true},
-	{path: "internal/bench", run: "^TestKernelLayer$", progs: true, limit: 12 * time.Minute},
+	{path: "internal/bench", run: "^TestKernel(Layer|Moves)$", progs: true, limit: 12 * time.Minute},
 	// The rest of its tests is about the programs, not the kernel, and runs on the host.
 	{path: "internal/e2e", run: "^TestKernelLayer", progs: true, limit: 12 * time.Minute},
 }

@@ -26,6 +26,7 @@ const guestModules = "/modules"
 // machine is what every guest gets.
 type machine struct {
 	cpus   int
+	model  string        // of the processors
 	memory int           // MiB
 	limit  time.Duration // of one boot
 }
@@ -80,7 +81,7 @@ func writeInitramfs(file string, b *Build, k Kernel, without, env []string) (not
 // carries the kernel's console into a file, the second the results to our pipe.
 func (m machine) qemuArgs(k Kernel, initramfs, console string) []string {
 	return []string{
-		"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max",
+		"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", m.model,
 		"-smp", strconv.Itoa(m.cpus), "-m", strconv.Itoa(m.memory),
 		"-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none",
 		"-no-reboot", "-nic", "none",

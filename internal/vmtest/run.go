@@ -31,6 +31,7 @@ type Options struct {
 	Cache          *Cache
 	Jobs           int           // guests at the same time; 1
 	CPUs           int           // of a guest; 2
+	CPU            string        // their model, as QEMU calls it; "max"
 	Memory         int           // of a guest, MiB; 2048
 	BootLimit      time.Duration // 30 minutes
 	TestLimit      time.Duration // of the tests of a package, in place of its own
@@ -90,6 +91,9 @@ func (o *Options) defaults() {
 	}
 	if o.CPUs == 0 {
 		o.CPUs = 2
+	}
+	if o.CPU == "" {
+		o.CPU = "max"
 	}
 	if o.Memory == 0 {
 		o.Memory = 2048
@@ -158,7 +162,7 @@ func (o *Options) bootOne(ctx context.Context, dir string, build *Build, k Kerne
 		defer func() { _ = os.Remove(initramfs) }()
 	}
 	o.Say("%s: booting Linux %s", k.Label, k.Release)
-	m := machine{cpus: o.CPUs, memory: o.Memory, limit: o.BootLimit}
+	m := machine{cpus: o.CPUs, model: o.CPU, memory: o.Memory, limit: o.BootLimit}
 	b, ended, err := m.boot(ctx, k, initramfs, console, func(line string) { o.progress(k.Label, line) })
 	if err != nil {
 		return nil, fmt.Errorf("kernel %s: %w", k.Label, err)

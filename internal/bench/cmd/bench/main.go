@@ -121,7 +121,7 @@ func (o options) measure(ctx context.Context) error {
 		return nil
 	}
 	say("the kernel layer in guests: %s; some minutes each", o.kernels)
-	guests, err := bench.Guests(ctx, ".", kernels, o.run, commit, say)
+	guests, err := bench.Guests(ctx, ".", kernels, only, commit, say)
 	for _, c := range guests.Results {
 		fmt.Printf("Linux %s: ", c.Run.Kernel)
 		show(c)
