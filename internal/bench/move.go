@@ -209,7 +209,7 @@ func (o MoveOptions) ID() string {
 // settled waits until workers of one generation own all sessions.
 func (o MoveOptions) settled(u *visor.Unit) error {
 	_, err := u.Await(o.Patience, fmt.Sprintf("%d sessions", o.Sessions), func(st *admin.Status) bool {
-		return visor.Settled(st) && st.Sessions.Total == o.Sessions
+		return visor.Settled(st) && st.Sessions.Total == o.Sessions && st.Sessions.Parked == 0
 	})
 	return err
 }
