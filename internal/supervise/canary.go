@@ -81,14 +81,14 @@ func (s *Supervisor) stepCanary(op *operation) {
 	}
 	missing := op.share.goal - op.report.Moved - underway
 	if missing > 0 && now.Before(op.deadline) && !s.quiescing {
-		asked := s.askShare(op, missing, func(size, done int) bool { return size <= missing-done })
-		if asked == 0 && underway == 0 && op.report.Moved == 0 {
-			asked = s.askShare(op, 1, func(size, done int) bool { return done == 0 }) // a group larger than the share
+		asked, full := s.askShare(op, missing, func(size, done int) bool { return size <= missing-done })
+		if asked == 0 && !full && underway == 0 && op.report.Moved == 0 {
+			asked, full = s.askShare(op, 1, func(size, done int) bool { return done == 0 }) // a group larger than the share
 		}
-		if asked == 0 { // all sessions were looked through, and that not at every event
+		if asked == 0 && !full { // all sessions were looked through, and that not at every event
 			op.scanAt = now.Add(tick / 2)
 		}
-		if asked > 0 || underway > 0 || s.someoneLater(op, now) {
+		if asked > 0 || full || underway > 0 || s.someoneLater(op, now) {
 			op.sayLeft(missing+underway, now)
 			return
 		}
@@ -108,8 +108,9 @@ func (s *Supervisor) stepCanary(op *operation) {
 	s.log.Info("canary serves", "pool", p.name, "sessions", op.report.Moved, "soak", op.opts.soak.String())
 }
 
-// askShare freezes up to n sessions for the canary, spread over the old workers.
-func (s *Supervisor) askShare(op *operation, n int, fits func(size, done int) bool) (asked int) {
+// askShare freezes up to n sessions for the canary, spread over the old workers. full says
+// that more may be asked later.
+func (s *Supervisor) askShare(op *operation, n int, fits func(size, done int) bool) (asked int, full bool) {
 	var from []*worker
 	for _, w := range sortedWorkers(op.pool.workers) {
 		if w.gen == op.from && w.usable() && !w.quarantine { // suspects stay where they do no harm
@@ -120,13 +121,13 @@ func (s *Supervisor) askShare(op *operation, n int, fits func(size, done int) bo
 		each := (n - asked + len(from) - i - 1) / (len(from) - i)
 		to := op.pool.least(op.to, nil)
 		if to == nil {
-			return asked
+			return asked, full
 		}
 		before := asked
-		n, _ := s.shift(w, to, each, func(size, done int) bool { return fits(size, before+done) })
-		asked += n
+		n, more := s.shift(w, to, each, func(size, done int) bool { return fits(size, before+done) })
+		asked, full = asked+n, full || more
 	}
-	return asked
+	return asked, full
 }
 
 // someoneLater says whether a session that might still be the canary's will be asked

@@ -286,7 +286,7 @@ func (s *Supervisor) restorePools(meta []byte) error {
 		for _, r := range st.Pools {
 			if r.Name == c.Name {
 				p.command, p.serving, p.newest = r.Command, r.Serving, r.Newest
-				p.resume = r.Probation
+				p.resume, p.restRate = r.Probation, r.Rate
 				if r.Workers > 0 {
 					p.cfg.Workers = r.Workers
 				}

@@ -46,11 +46,12 @@ func (s *Supervisor) freezeOne(from *worker, ss *session, dest *worker, joins *o
 // emptyRetiring moves sessions away from workers that are to go, a window's worth
 // at a time.
 func (s *Supervisor) emptyRetiring(p *pool) {
-	now := s.now()
+	now, retiring := s.now(), false
 	for _, w := range sortedWorkers(p.workers) {
 		if w.state != workerRetiring {
 			continue
 		}
+		retiring = true
 		if len(w.Sessions) == 0 && w.Incoming == 0 {
 			if p.op == nil {
 				s.stopWorker(w, "all its sessions have moved")
@@ -94,6 +95,9 @@ func (s *Supervisor) emptyRetiring(p *pool) {
 		if room > 0 { // the rest is to be asked again later: not to be looked through at every event
 			w.scanAt = now.Add(tick / 2)
 		}
+	}
+	if !retiring && p.op == nil {
+		p.restRate = 0
 	}
 }
 

@@ -351,12 +351,17 @@ func (s *Supervisor) undecided(p *pool, now time.Time) bool {
 
 func (s *Supervisor) endOperation(op *operation) {
 	p, r := op.pool, &op.report
-	p.op = nil
+	rate := p.moveRate()
+	p.op, p.restRate = nil, 0
 	r.Stayed = 0 // some may have moved, or died, since the time was up
 	for _, w := range p.workers {
 		if op.leaves(w) {
 			r.Stayed += len(w.Sessions)
+			op.notAsked(w, rate)
 		}
+	}
+	if r.Stayed > 0 {
+		p.restRate = op.opts.rate
 	}
 	for _, w := range sortedWorkers(p.workers) {
 		if w.gen == p.serving && !slices.Contains(r.OldPIDs, w.pid) {

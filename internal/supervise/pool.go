@@ -34,6 +34,7 @@ type pool struct {
 	resume *probationRecord // of the supervisor before this one
 
 	throttle throttle
+	restRate int // that of the last upgrade, while there are sessions that it left behind
 
 	rate      float64       // sessions moved in a second, in the last operation that moved many
 	startTook time.Duration // of the worker that got ready last
@@ -58,6 +59,8 @@ type poolRecord struct {
 	Upgrading uint32   `json:"upgrading,omitempty"` // generation being moved to
 	Workers   int      `json:"workers,omitempty"`   // as scaled; 0: as configured
 
+	Rate int `json:"rate,omitempty"` // as an upgrade was asked for; 0: as configured
+
 	Probation *probationRecord `json:"probation,omitempty"`
 }
 
@@ -69,7 +72,9 @@ func (s *Supervisor) savePools() {
 	for _, c := range s.cfg.Pools {
 		p := s.pools[c.Name]
 		r := poolRecord{Name: p.name, Command: p.command, Serving: p.serving, Newest: p.newest}
+		r.Rate = p.restRate
 		if p.op != nil {
+			r.Rate = p.op.opts.rate
 			r.Upgrading, r.Probation = p.op.to, p.op.record()
 		}
 		if p.cfg.Workers != c.Workers {

@@ -45,7 +45,7 @@ func (s *Supervisor) resumeUpgrade(p *pool) {
 	}
 	now := s.now()
 	op := &operation{kind: opUpgrade, pool: p, from: r.From, to: p.serving, command: p.command, oldCommand: r.Command,
-		opts: upgradeOptions{probation: r.Length, noReturn: true}, began: now, wait: defaultWait, phase: opMoving, deadline: now.Add(defaultWait)}
+		opts: upgradeOptions{probation: r.Length, noReturn: true, rate: p.restRate}, began: now, wait: defaultWait, phase: opMoving, deadline: now.Add(defaultWait)}
 	op.report = admin.PoolReport{Pool: p.name, From: op.from, To: op.to}
 	if !r.Until.IsZero() {
 		// The clock may have been set meanwhile: no longer than it was to be.

@@ -137,6 +137,7 @@ func (s *Supervisor) spread(op *operation) bool {
 		if n == 0 {
 			stuck[most] = true
 			if full {
+				later = true
 				continue
 			}
 			looked = true

@@ -3,6 +3,8 @@ package supervise
 import (
 	"testing"
 	"time"
+
+	"github.com/ktlsvisor/ktlsvisor/internal/admin"
 )
 
 // Over any time, no more are asked to move than the rate allows, and hardly fewer; after a
@@ -60,4 +62,89 @@ func TestMoveRate(t *testing.T) {
 	step(16)
 	u.s.call(func() { u.pool.cfg.MoveRate = 0 })
 	step(40)
+}
+
+// rated begins an upgrade of a unit with so many sessions, at a rate.
+func rated(t *testing.T, n int, o upgradeOptions, ph opPhase) (u *unit, old, young *fake, ch <-chan *admin.PoolReport) {
+	t.Helper()
+	u, old = serving(t, n)
+	young = u.worker(2)
+	young.play()
+	return u, old, young, u.upgradingWith(ph, 1, o)
+}
+
+// A canary at a rate gets its whole share, and not only what may be asked at once.
+func TestMoveRateOfCanary(t *testing.T) {
+	u, old, young, _ := rated(t, 40, upgradeOptions{canary: 25, soak: long, rate: 50}, opStarting)
+	u.awaitPhase(opSoaking)
+	wantLoads(t, u.loadOf(old, young), 30, 10)
+}
+
+// Nor is a pool even when no more may be asked for the moment.
+func TestMoveRateOfRebalance(t *testing.T) {
+	u, a := serving(t, 40)
+	u.s.call(func() { u.pool.cfg.MoveRate = 250 })
+	b := u.worker(1)
+	b.play()
+	if r := u.taskReport(u.task(rebalance)); r.Outcome != admin.OutcomeMoved || r.Moved != 20 {
+		t.Errorf("report %+v", r)
+	}
+	wantLoads(t, u.loadOf(a, b), 20, 20)
+}
+
+// What an upgrade leaves behind when its time is over still goes at its rate, also with
+// the next supervisor; that nobody else waits longer for it.
+func TestMoveRateOutlivesUpgrade(t *testing.T) {
+	u, old, young, ch := rated(t, 40, upgradeOptions{rate: 1}, opMoving)
+	u.s.call(func() { // one has been asked, at most two
+		u.pool.cfg.Workers = 1
+		u.s.serve(u.pool, 2, nil)
+		u.pool.op.deadline = u.s.now()
+	})
+	r, o := u.report(ch)
+	if o != admin.OutcomeStay || r.Stayed < 38 || r.Reasons["not asked in time: no more than 1 may move in a second"] < 38 {
+		t.Errorf("outcome %d, report %+v", o, r)
+	}
+	var rate int
+	u.s.call(func() {
+		u.s.onTick(u.s.now())
+		rate = u.pool.moveRate()
+	})
+	u.allOwned()
+	if n := u.loadOf(young)[0]; rate != 1 || n > 4 {
+		t.Errorf("%d sessions moved after the upgrade at a rate of %d", n, rate)
+	}
+	u.until(func() bool { // what the next supervisor finds
+		e, err := u.s.keeper.Get(t.Context(), poolsKey.Kind)
+		for i := range e {
+			if e[i].Key == poolsKey && err == nil {
+				defer func() { u.s.pools["p"] = u.pool }()
+				err = u.s.restorePools(e[i].Meta)
+				return err == nil && u.s.pools["p"].moveRate() == 1
+			}
+		}
+		return false
+	})
+	u.s.call(func() { u.pool.restRate = 0 })
+	u.until(func() bool { return len(old.w.Sessions) == 0 })
+}
+
+// Moves without a rate, or with another one, are nothing that those with one wait for.
+func TestMoveRateOwesNothingToOthers(t *testing.T) {
+	p := &pool{}
+	now := time.Unix(1000, 0)
+	begin := func(rate int) {
+		t.Helper()
+		p.cfg.MoveRate = rate
+		if n, _ := p.throttle.room(128, rate, now); n == 0 {
+			t.Errorf("at %d a second nothing moves", rate)
+		}
+	}
+	begin(100)
+	p.cfg.MoveRate = 0
+	p.asked(100000)
+	now = now.Add(time.Second)
+	begin(100)
+	p.asked(100000) // a group
+	begin(1000)
 }

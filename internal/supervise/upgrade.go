@@ -84,6 +84,7 @@ func (s *Supervisor) failUpgrade(op *operation, err error) {
 		s.log.Error("upgrade fails; its sessions go back to the old generation", "pool", p.name, "error", err)
 		op.say("pool %s: %v; bringing everything back", p.name, err)
 		op.phase, op.deadline, op.lastWord = opBack, s.now().Add(max(op.wait, defaultWait)), time.Time{}
+		p.throttle.rate = 0 // a group that went there as a whole does not hold up those that come back
 		if op.oneWay != nil && there > 0 {
 			op.reason(op.oneWay.Error())
 			op.deadline = s.now().Add(retryAfter) // those that are there stay
