@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
@@ -276,8 +277,9 @@ func (w *worker) cancelBatch(b *batch) {
 func (w *worker) adoptBack(b *batch) {
 	b.busy = true
 	called := calling(b.conns())
+	blob := slices.Clone(b.blob) // PARKED has these very bytes, and may still be on its way
 	go func() {
-		err := guard(func() error { return w.groups.AdoptGroup(b.group, b.blob) })
+		err := guard(func() error { return w.groups.AdoptGroup(b.group, blob) })
 		w.in.post(func() {
 			called()
 			if err != nil {
