@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -49,7 +50,7 @@ func newArrival(conn *ktls.Conn, state []byte) (*arrival, error) {
 		return nil, fmt.Errorf("session %s: state of %d bytes, the limit is %d", conn.RemoteAddr(), len(state), MaxState)
 	}
 	// Before anything else: a session that is off its Conn must not fail for this.
-	a := &arrival{fd: -1, state: state}
+	a := &arrival{fd: -1, state: slices.Clone(state)}
 	rc, err := conn.Socket().SyscallConn()
 	if err != nil {
 		return nil, err

@@ -170,10 +170,11 @@ func TestUpgraderClientSessions(t *testing.T) {
 		}
 	}
 	p := startUpgrader(t, newFlip(t), h)
-	err = p.u.Dial(t.Context(), "tcp", ln.Addr().String(), &ktls.Config{TLS: clientTLS()}, []byte("upstream 7"))
-	if err != nil {
+	state := []byte("upstream 7")
+	if err := p.u.Dial(t.Context(), "tcp", ln.Addr().String(), &ktls.Config{TLS: clientTLS()}, state); err != nil {
 		t.Fatal(err)
 	}
+	clear(state) // it is the caller's again
 	srv, err := ln.Accept()
 	if err != nil {
 		t.Fatal(err)
