@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -44,15 +45,17 @@ func selfServer(_ []string, _ *bufio.Scanner, out io.Writer) error {
 	}
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
+	var telling sync.Mutex // Serve ends with the upgrade, and what came of it is still to be told
 	go func() {
 		for range hup {
-			r, err := u.Upgrade()
-			if err != nil {
+			telling.Lock()
+			if r, err := u.Upgrade(); err != nil {
 				fmt.Fprintln(out, "error", err)
-				continue
+			} else {
+				cpu, _ := cpuTime()
+				fmt.Fprintln(out, "moved", r.Moved, r.Moving.Microseconds(), r.PID, cpu.Nanoseconds())
 			}
-			cpu, _ := cpuTime()
-			fmt.Fprintln(out, "moved", r.Moved, r.Moving.Microseconds(), r.PID, cpu.Nanoseconds())
+			telling.Unlock()
 		}
 	}()
 	cpu, err := cpuTime()
@@ -62,6 +65,7 @@ func selfServer(_ []string, _ *bufio.Scanner, out io.Writer) error {
 	fmt.Fprintln(out, "serving", os.Getpid(), addr, cpu.Nanoseconds())
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
+	defer telling.Lock()
 	return u.Serve(ctx)
 }
 
