@@ -14,7 +14,7 @@ import (
 // cannot be trusted any further; the message's descriptors are then still its own.
 func (w *worker) handle(m *wire.Message) error {
 	if w.gone != nil {
-		m.CloseSockets()
+		dispose(m)
 		return nil
 	}
 	switch m.Type {

@@ -241,7 +241,7 @@ func (h *host) heard(n news) {
 	case n.from == h.down:
 		err = h.fromNew(n.m)
 	default: // of a line that was closed meanwhile
-		n.m.CloseSockets()
+		dispose(n.m)
 	}
 	if err == nil {
 		return
@@ -277,9 +277,11 @@ func (h *host) fromWorker(m *wire.Message) error {
 	case wire.TypeRefused:
 		h.refusedHere(m.Refused)
 	case wire.TypeParked:
-		if h.giving != nil {
-			h.giving.parked(m)
+		if h.giving == nil {
+			dispose(m)
+			break
 		}
+		h.giving.parked(m)
 	case wire.TypeClosed:
 		h.closed(m.Closed)
 	case wire.TypeGroup:

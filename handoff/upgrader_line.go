@@ -52,6 +52,7 @@ func (l *line) put(m *wire.Message, then func(error)) {
 	l.cond.Broadcast()
 }
 
+// dispose closes and wipes what a message brought that nobody takes.
 func dispose(m *wire.Message) {
 	m.CloseSockets()
 	for i := range m.Items {
@@ -131,7 +132,7 @@ func (l *line) receive(to chan<- news, done <-chan struct{}) {
 		case to <- news{l, m, err}:
 		case <-done:
 			if m != nil {
-				m.CloseSockets()
+				dispose(m)
 			}
 			return
 		}

@@ -28,6 +28,7 @@ type member struct {
 	epoch   wire.Epoch
 	item    wire.Item
 	parked  bool
+	sent    bool // the item is the line's, which wipes it
 	adopted bool
 }
 
@@ -170,8 +171,8 @@ func (g *giving) send(group string, refs []wire.Ref, l []luggage, last bool) {
 			if l[i].err != nil {
 				g.h.log.Error("session stays here: its socket could not be duplicated", "session", ref.ID, "error", l[i].err)
 			}
-			for _, it := range items {
-				if group != "" {
+			if group != "" {
+				for _, it := range append(items, keys...) {
 					clear(it.Cargo.Record)
 				}
 			}
@@ -193,7 +194,7 @@ func (g *giving) send(group string, refs []wire.Ref, l []luggage, last bool) {
 		it.Socket, it.Cargo.Facts, it.Group = l[i].fd, l[i].facts, m.r.group
 		it.Flags = wire.FlagRestored | it.Flags&wire.FlagResting
 		fds = append(fds, l[i].fd)
-		items = append(items, it)
+		items, m.sent = append(items, it), true
 		if s := g.h.vault.copyOf(ref.ID); len(s) > 0 {
 			keys = append(keys, wire.Item{Ref: ref, Cargo: wire.Cargo{Record: s}})
 		}
@@ -246,6 +247,12 @@ func (g *giving) refused(list []wire.Refused) {
 	g.pump()
 }
 
+func (m *member) wipe() {
+	if !m.sent {
+		clear(m.item.Cargo.Record)
+	}
+}
+
 // takeBack ends an attempt before its commit; the session goes on here, and is asked
 // again if that makes sense.
 func (g *giving) takeBack(u *unit, again bool) {
@@ -257,9 +264,7 @@ func (g *giving) takeBack(u *unit, again bool) {
 	}
 	for _, m := range u.members {
 		m.r.unit = nil
-		if u.stage == unitFreezing { // later it is the line that wipes it
-			clear(m.item.Cargo.Record)
-		}
+		m.wipe()
 		if again && !g.broken && m.r.refusals < maxRefusals {
 			g.later[m.r.id] = time.Now().Add(retryMove)
 		}
@@ -289,6 +294,7 @@ func (g *giving) thawAll() {
 func (u *unit) ended(r *resident) {
 	for i, m := range u.members {
 		if m.r == r {
+			m.wipe()
 			u.members = append(u.members[:i], u.members[i+1:]...)
 			u.g.inFlight--
 			break

@@ -35,8 +35,18 @@ func TestUpgraderGroupOfferedInPart(t *testing.T) {
 	}
 	u := g.newUnit("room", members...)
 	u.stage = unitOffered
+	var records [][]byte
+	for _, m := range u.members {
+		m.item.Cargo.Record = []byte{1}
+		records = append(records, m.item.Cargo.Record)
+	}
 	refs := u.refs()
 	g.send("room", refs[1:], []luggage{{fd: -1, err: errors.New("out of descriptors")}}, true)
+	for i, r := range records {
+		if r[0] != 0 {
+			t.Errorf("the record of member %d, which was not sent, is not wiped", i)
+		}
+	}
 
 	for _, want := range []struct {
 		far *wire.Channel
