@@ -158,10 +158,12 @@ func (s *Supervisor) followKey(ss *session, count uint64) {
 		s.failKeys(ss, wire.TypeRekeyed, err)
 		return
 	}
-	if err := s.led.prepare(int(ss.slot), ktls.Receiving, &k, c.Next, 0); err != nil {
-		forget(c)
-		s.failKeys(ss, wire.TypeRekeyed, err)
-		return
+	if k.next == nil { // otherwise a supervisor before this one may have set it already
+		if err := s.led.prepare(int(ss.slot), ktls.Receiving, &k, c.Next, 0); err != nil {
+			forget(c)
+			s.failKeys(ss, wire.TypeRekeyed, err)
+			return
+		}
 	}
 	ss.change().rx = true
 	s.onSocket(ss, func(fd int) error {
