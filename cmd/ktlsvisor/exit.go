@@ -18,8 +18,8 @@ const (
   1  failed, refused or rolled back; nothing was lost
   2  the command line is wrong
   3  something was lost
-  4  upgrade, scale, drain: some sessions stay where they are for now; rekey:
-     with their old keys
+  4  upgrade, scale, drain, rebalance: some sessions stay where they are for
+     now; rekey: with their old keys
 130  upgrade, scale, drain, rebalance, rekey, demo: interrupted by a signal; what
      was begun, but for the demo, goes on`
 )

@@ -107,6 +107,7 @@ type operation struct {
 	leaving map[*worker]bool
 	started []int // pids
 	stopped []int
+	uneven  int // sessions that were to be spread, when the time was over
 }
 
 // upgradeOptions are what an upgrade was asked for besides its command.
@@ -353,7 +354,7 @@ func (s *Supervisor) endOperation(op *operation) {
 	p, r := op.pool, &op.report
 	rate := p.moveRate()
 	p.op, p.restRate = nil, 0
-	r.Stayed = 0 // some may have moved, or died, since the time was up
+	r.Stayed = op.uneven // of the others some may have moved, or died, since the time was up
 	for _, w := range p.workers {
 		if op.leaves(w) {
 			r.Stayed += len(w.Sessions)

@@ -225,7 +225,7 @@ func (s *Supervisor) stepTask(op *operation) {
 		more := false
 		if now.Before(op.deadline) {
 			more = s.spread(op)
-		} else {
+		} else if op.uneven = s.uneven(p); op.uneven > 0 {
 			op.reason("the time was over before the workers were even")
 		}
 		if more {
@@ -246,6 +246,19 @@ func (op *operation) drainsLiving() bool {
 		}
 	}
 	return false
+}
+
+// uneven is how many sessions had to move yet for the workers to be even.
+func (s *Supervisor) uneven(p *pool) int {
+	loads, _ := s.loads(p)
+	total := 0
+	for _, n := range loads {
+		total += n
+	}
+	if most, fewest := extremes(p, loads, nil); most == nil || loads[most]-loads[fewest] <= even(total/len(loads)) {
+		return 0
+	}
+	return gap(loads)
 }
 
 // gap is how many sessions are with the wrong worker.

@@ -92,6 +92,23 @@ func TestMoveRateOfRebalance(t *testing.T) {
 	wantLoads(t, u.loadOf(a, b), 20, 20)
 }
 
+// When the time was too short for that, the report says how many stay.
+func TestMoveRateTooLowToRebalance(t *testing.T) {
+	u, a := serving(t, 40)
+	u.s.call(func() { u.pool.cfg.MoveRate = 1 })
+	b := u.worker(1)
+	b.play()
+	answer := u.task(rebalance)
+	u.until(func() bool { return u.pool.op != nil && u.pool.op.report.Moved > 0 })
+	u.s.call(func() { u.pool.op.deadline = u.s.now() })
+	if r := u.taskReport(answer); r.Outcome != admin.OutcomeStay || r.Stayed+r.Moved != 20 || len(r.Reasons) == 0 {
+		t.Errorf("report %+v", r)
+	}
+	if n := u.loadOf(a, b)[0]; n < 36 {
+		t.Errorf("%d sessions are where they were, at one move a second", n)
+	}
+}
+
 // What an upgrade leaves behind when its time is over still goes at its rate, also with
 // the next supervisor; that nobody else waits longer for it.
 func TestMoveRateOutlivesUpgrade(t *testing.T) {
