@@ -92,7 +92,7 @@ func MeasureMove(o MoveOptions) (m Move, err error) {
 	}
 	defer func() { err = errors.Join(err, clients.stop()) }()
 	began := time.Now()
-	if err := o.open(clients); err != nil {
+	if err := o.inParts(clients, "open", openTogether, "sessions are open"); err != nil {
 		return m, err
 	}
 	if err := o.settled(u); err != nil {
@@ -120,7 +120,7 @@ func MeasureMove(o MoveOptions) (m Move, err error) {
 		o.Say("  %.0f sessions a second, bare descriptors %.0f; stall p50 %.1f p99 %.1f max %.1f ms; CPU a session (µs): %s",
 			rate, raw, t.report.StallP50, t.report.StallP99, t.report.StallMax, describeCPU(t.cpu, o.Sessions))
 	}
-	if _, err := clients.order("echo"); err != nil {
+	if err := o.inParts(clients, "echo", 1000, "clients have had their echo"); err != nil {
 		return m, err
 	}
 	c.into(&m)
@@ -131,17 +131,17 @@ func MeasureMove(o MoveOptions) (m Move, err error) {
 // sayEvery is how often somebody who waits hears how far it has come.
 const sayEvery = 5 * time.Second
 
-// open has the clients connect.
-func (o MoveOptions) open(clients *child) error {
+// inParts has the clients do something, so many at a time.
+func (o MoveOptions) inParts(clients *child, order string, part int, done string) error {
 	said := time.Now()
 	for n := 0; n < o.Sessions; {
-		n = min(n+openTogether, o.Sessions)
-		if _, err := clients.order("open %d", n); err != nil {
-			return fmt.Errorf("opening %d sessions: %w", n, err)
+		n = min(n+part, o.Sessions)
+		if _, err := clients.order("%s %d", order, n); err != nil {
+			return fmt.Errorf("%s up to client %d: %w", order, n, err)
 		}
 		if time.Since(said) >= sayEvery {
 			said = time.Now()
-			o.Say("  %d sessions are open", n)
+			o.Say("  %d %s", n, done)
 		}
 	}
 	return nil

@@ -198,36 +198,35 @@ func thinClients(args []string, in *bufio.Scanner, out io.Writer) error {
 			socks = append(socks, more...)
 		}
 		return len(socks), err
-	}, func() error {
-		for len(conns) < len(socks) {
+	}, func(from, to int) error {
+		for len(conns) < to {
 			c, err := craftClient(socks[len(conns)])
 			if err != nil {
 				return err
 			}
 			conns = append(conns, c)
 		}
-		return echoAll(conns)
+		return echoAll(conns[from:to])
 	})
 }
 
 // clientOrders reads the orders of those who measure and answers each: "open N": let
-// there be N clients, and say how many there are; "echo": each sends a byte and wants it
-// back.
-func clientOrders(in *bufio.Scanner, out io.Writer, open func(want int) (int, error), echo func() error) error {
-	clients := 0
+// there be N clients, and say how many there are; "echo N": each of the first N that has
+// not yet done so sends a byte and wants it back.
+func clientOrders(in *bufio.Scanner, out io.Writer, open func(want int) (int, error), echo func(from, to int) error) error {
+	clients, echoed := 0, 0
 	for in.Scan() {
 		word, arg, _ := strings.Cut(in.Text(), " ")
-		var err error
-		switch word {
-		case "open":
-			var want int
-			if want, err = strconv.Atoi(arg); err == nil {
-				clients, err = open(want)
-			}
-		case "echo":
-			err = echo()
+		n, err := strconv.Atoi(arg)
+		switch {
+		case err != nil:
+		case word == "open":
+			clients, err = open(n)
+		case word == "echo" && n >= echoed && n <= clients:
+			err = echo(echoed, n)
+			echoed = n
 		default:
-			err = fmt.Errorf("no such order: %q", word)
+			err = fmt.Errorf("no such order: %q", in.Text())
 		}
 		if err != nil {
 			fmt.Fprintln(out, "error", err)

@@ -82,7 +82,7 @@ func talkingClients(args []string, in *bufio.Scanner, out io.Writer) error {
 		more, err := openClients(args[0], want-len(conns))
 		conns = append(conns, more...)
 		return len(conns), err
-	}, func() error { return talk(conns) })
+	}, func(from, to int) error { return talk(conns[from:to]) })
 }
 
 func talk(conns []*tls.Conn) error {
@@ -209,7 +209,7 @@ func MeasureSelfMove(o MoveOptions) (m Move, err error) {
 		rate := c.add(o.Sessions, took, raw, cpu)
 		o.Say("  %.0f sessions a second, bare descriptors %.0f; CPU a session (µs): %s", rate, raw, describeCPU(cpu, o.Sessions))
 	}
-	if _, err := clients.order("echo"); err != nil {
+	if _, err := clients.order("echo %d", o.Sessions); err != nil {
 		return m, err
 	}
 	c.into(&m)
