@@ -36,6 +36,7 @@ says more than the rate.
 
 `)
 	b.WriteString(movesTable(list))
+	b.WriteString(growthText(list))
 	var runs []string
 	for _, m := range list {
 		line := fmt.Sprintf("- %s, %d cores; Linux %s; %s; %s, commit %s\n", m.Run.CPU, m.Run.Cores, m.Run.Kernel, m.Run.Go, m.Run.Date, m.Run.Commit)
@@ -45,6 +46,38 @@ says more than the rate.
 	}
 	b.WriteString("\n" + strings.Join(runs, ""))
 	return b.String()
+}
+
+// growthText compares what a session takes in guests, where only ratios say anything.
+func growthText(list []Move) string {
+	var b strings.Builder
+	for _, few := range list {
+		for _, many := range list {
+			if few.Run.Guest == "" || many.Run.Guest != few.Run.Guest || few.Sessions != 10000 || many.Sessions <= few.Sessions {
+				continue
+			}
+			fmt.Fprintf(&b, "- Linux %s: a session among %d takes %.2f times as long as one among %d, and %.2f times the processor time\n",
+				few.Run.Kernel, many.Sessions, few.Rate/many.Rate, few.Sessions, many.allCPU()/few.allCPU())
+		}
+	}
+	if b.Len() == 0 {
+		return ""
+	}
+	return `
+In an emulated machine (QEMU without KVM) going from one process to another takes half a
+millisecond, and so a move two hundred times what it takes elsewhere. All processes are
+told not to interrupt each other (SCHED_BATCH) and to use one processor each
+(GOMAXPROCS=1). What can be read there is growth, and how the machine's other load was:
+
+` + b.String()
+}
+
+// allCPU is the processor time of all processes for a session, in µs.
+func (m *Move) allCPU() (sum float64) {
+	for _, v := range m.CPU {
+		sum += v
+	}
+	return sum
 }
 
 func movesTable(list []Move) string {
@@ -67,13 +100,11 @@ func movesTable(list []Move) string {
 			target, met = "", ""
 		}
 		var cpu []string
-		sum := 0.0
 		for _, name := range sorted(m.CPU) {
 			cpu = append(cpu, fmt.Sprintf("%s %.1f", name, m.CPU[name]))
-			sum += m.CPU[name]
 		}
 		fmt.Fprintf(&b, "| %d | %s | %.0f (%.0f to %.0f) | %.0f | %s | %s | %s | %.0f µs: %s | %.0f |\n", m.Sessions, what,
-			m.Rate, m.Low, m.High, m.RawRate, target, met, stalls, sum, strings.Join(cpu, ", "), m.Load)
+			m.Rate, m.Low, m.High, m.RawRate, target, met, stalls, m.allCPU(), strings.Join(cpu, ", "), m.Load)
 	}
 	return b.String()
 }
