@@ -73,7 +73,7 @@ func (w *worker) restFailed(err error) {
 func (w *worker) restIdle() {
 	now := w.ticks.Add(1) | 1<<31 // never 0
 	w.rest.trim.Tick()
-	if w.rest.after == 0 || w.stopping {
+	if w.rest.after == 0 || w.stopping || w.handlers == 0 { // none to look for among very many
 		return
 	}
 	for _, s := range w.sessions {
