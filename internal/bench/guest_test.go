@@ -56,8 +56,8 @@ func TestKernelMoves(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// To go from one process to another, and to another processor, takes half a
-	// millisecond in an emulated machine: much longer than anything that is measured.
+	// To go from one process to another, and to another processor, takes a
+	// good part of a millisecond in an emulated machine: much longer than anything that is measured.
 	if err := sys.PatientScheduling(20 * time.Millisecond); err != nil {
 		t.Fatal(err)
 	}

@@ -64,10 +64,10 @@ func growthText(list []Move) string {
 		return ""
 	}
 	return `
-In an emulated machine (QEMU without KVM) going from one process to another takes half a
-millisecond, and so a move two hundred times what it takes elsewhere. All processes are
-told not to interrupt each other (SCHED_BATCH) and to use one processor each
-(GOMAXPROCS=1). What can be read there is growth, and how the machine's other load was:
+In an emulated machine (QEMU without KVM) a move takes twenty times the processor time and
+more, because going from one process to another takes so long. All processes are told not
+to interrupt each other (SCHED_BATCH) and to use one processor each (GOMAXPROCS=1). What
+can be read there is growth, as far as other programs of the machine left it alone:
 
 ` + b.String()
 }
