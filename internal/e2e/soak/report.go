@@ -78,7 +78,7 @@ func (s *soak) flat() {
 	}
 	a, z := s.rep.Samples[0], s.rep.Samples[n-1]
 	if z.KeeperFDs > a.KeeperFDs+2 {
-		s.wrong("the keeper's descriptors have grown from %d to %d", a.KeeperFDs, z.KeeperFDs)
+		s.wrong("the keeper's descriptors have grown from %d to %d: from %v to %v", a.KeeperFDs, z.KeeperFDs, a.KeeperKinds, z.KeeperKinds)
 	}
 	if z.KeeperKiB > a.KeeperKiB+firstKiB {
 		s.wrong("the keeper's memory has grown from %d to %d KiB", a.KeeperKiB, z.KeeperKiB)

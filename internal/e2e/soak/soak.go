@@ -56,6 +56,7 @@ type Report struct {
 type Sample struct {
 	Upgrades                 int
 	KeeperFDs, SupervisorFDs int
+	KeeperKinds              map[string]int // of its descriptors
 	KeeperKiB, SupervisorKiB int
 	Incarnation              uint32 // of the supervisor
 }
@@ -239,7 +240,10 @@ func (s *soak) advance() error {
 func (s *soak) sample(st *admin.Status) error {
 	p := Sample{Upgrades: s.rep.Upgrades, Incarnation: st.Supervisor.Generation}
 	var errs [4]error
-	p.KeeperFDs, errs[0] = visor.Descriptors(s.unit.KeeperPID())
+	p.KeeperKinds, errs[0] = visor.DescriptorKinds(s.unit.KeeperPID())
+	for _, n := range p.KeeperKinds {
+		p.KeeperFDs += n
+	}
 	p.SupervisorFDs, errs[1] = visor.Descriptors(st.Supervisor.PID)
 	p.KeeperKiB, errs[2] = visor.ResidentKiB(s.unit.KeeperPID())
 	p.SupervisorKiB, errs[3] = visor.ResidentKiB(st.Supervisor.PID)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -134,6 +135,21 @@ func (u *Unit) Stop() error {
 func Descriptors(pid int) (int, error) {
 	list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 	return len(list), err
+}
+
+// DescriptorKinds counts the open descriptors of a process by what they are of: "socket",
+// "pipe", the name of a memory file.
+func DescriptorKinds(pid int) (map[string]int, error) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	list, err := os.ReadDir(dir)
+	kinds := map[string]int{}
+	for _, e := range list {
+		if to, lerr := os.Readlink(dir + "/" + e.Name()); lerr == nil {
+			kind, _, _ := strings.Cut(to, ":[")
+			kinds[kind]++
+		}
+	}
+	return kinds, err
 }
 
 // ResidentKiB is the resident memory of a process without what it shares with
