@@ -23,8 +23,10 @@ type marks struct {
 // maxMarks is how many sessions of a worker have a mark, at most.
 const maxMarks = 1 << 16
 
+const marksName = "marks"
+
 func (w *worker) marksKey() keeper.Key {
-	return keeper.Key{Kind: keeper.KindBlob, ID: w.ID, Name: "marks"}
+	return keeper.Key{Kind: keeper.KindBlob, ID: w.ID, Name: marksName}
 }
 
 // giveMarks sends a worker the memory for its marks, before its first session.
@@ -89,6 +91,21 @@ func (s *Supervisor) recoverMarks(ctx context.Context, w *worker) {
 	if err != nil {
 		s.log.Warn("it cannot be seen which sessions a worker is handling", "pid", w.pid, "error", err)
 	}
+}
+
+// forgetMarks drops the marks of workers that are no more: an earlier supervisor died
+// between forgetting a worker and them.
+func (s *Supervisor) forgetMarks(ctx context.Context) error {
+	list, err := s.keeper.List(ctx, keeper.KindBlob)
+	if err != nil {
+		return fmt.Errorf("marks of workers: %w", err)
+	}
+	for i := range list {
+		if k := list[i].Key; k.Name == marksName && s.workers[k.ID] == nil {
+			s.retain.delete(k)
+		}
+	}
+	return nil
 }
 
 func (m *marks) close() {

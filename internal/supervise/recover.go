@@ -59,6 +59,9 @@ func (s *Supervisor) recoverAll(ctx context.Context, done func()) error {
 	if err := s.recoverArenas(ctx); err != nil {
 		return err
 	}
+	if err := s.forgetMarks(ctx); err != nil {
+		return err
+	}
 	for _, w := range s.workers {
 		if w.unready && len(w.Sessions) == 0 {
 			s.kill(w, "it was not ready yet when the supervisor ended")

@@ -2,8 +2,12 @@ package supervise
 
 import (
 	"context"
+	"slices"
 	"testing"
 
+	"github.com/ktlsvisor/ktlsvisor/internal/keeper"
+	"github.com/ktlsvisor/ktlsvisor/internal/ownership"
+	"github.com/ktlsvisor/ktlsvisor/internal/sys"
 	"github.com/ktlsvisor/ktlsvisor/internal/wire"
 )
 
@@ -43,6 +47,40 @@ func (f *fake) reply(held ...wire.Held) {
 func (u *unit) recovered() {
 	u.t.Helper()
 	u.until(func() bool { return u.s.recovery == nil })
+}
+
+// A supervisor dies between forgetting a dead worker and that worker's marks: the next one
+// forgets these, or the keeper would hold them for ever. Those of a living worker stay.
+func TestCrashLeavesNoMarks(t *testing.T) {
+	u := newUnit(t)
+	f := u.worker(1)
+	dead := &worker{Worker: ownership.Worker{ID: f.w.ID + 100}}
+	for _, w := range []*worker{f.w, dead} {
+		fd, err := sys.SharedMemfd("marks", 16)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := u.store.Put(t.Context(), keeper.Entry{Key: w.marksKey(), FDs: []int{fd}}); err != nil {
+			t.Fatal(err)
+		}
+		sys.CloseAll([]int{fd})
+	}
+	u.crash()
+	f.reply()
+	u.recovered()
+	u.until(func() bool { return !u.stored(dead.marksKey()) })
+	if !u.stored(f.w.marksKey()) {
+		t.Error("a living worker's marks were forgotten")
+	}
+}
+
+// stored reports that the keeper has an entry.
+func (u *unit) stored(k keeper.Key) bool {
+	list, err := u.store.List(u.t.Context(), k.Kind)
+	if err != nil {
+		u.t.Fatal(err)
+	}
+	return slices.ContainsFunc(list, func(e keeper.Entry) bool { return e.Key == k })
 }
 
 // The supervisor dies after the commit and before RESUME got out: the new owner
