@@ -65,17 +65,17 @@ func TestMoveRate(t *testing.T) {
 }
 
 // rated begins an upgrade of a unit with so many sessions, at a rate.
-func rated(t *testing.T, n int, o upgradeOptions, ph opPhase) (u *unit, old, young *fake, ch <-chan *admin.PoolReport) {
+func rated(t *testing.T, n int, o upgradeOptions) (u *unit, old, young *fake, ch <-chan *admin.PoolReport) {
 	t.Helper()
 	u, old = serving(t, n)
 	young = u.worker(2)
 	young.play()
-	return u, old, young, u.upgradingWith(ph, 1, o)
+	return u, old, young, u.upgradingWith(opStarting, 1, o)
 }
 
 // A canary at a rate gets its whole share, and not only what may be asked at once.
 func TestMoveRateOfCanary(t *testing.T) {
-	u, old, young, _ := rated(t, 40, upgradeOptions{canary: 25, soak: long, rate: 50}, opStarting)
+	u, old, young, _ := rated(t, 40, upgradeOptions{canary: 25, soak: long, rate: 50})
 	u.awaitPhase(opSoaking)
 	wantLoads(t, u.loadOf(old, young), 30, 10)
 }
@@ -112,12 +112,9 @@ func TestMoveRateTooLowToRebalance(t *testing.T) {
 // What an upgrade leaves behind when its time is over still goes at its rate, also with
 // the next supervisor; that nobody else waits longer for it.
 func TestMoveRateOutlivesUpgrade(t *testing.T) {
-	u, old, young, ch := rated(t, 40, upgradeOptions{rate: 1}, opMoving)
-	u.s.call(func() { // one has been asked, at most two
-		u.pool.cfg.Workers = 1
-		u.s.serve(u.pool, 2, nil)
-		u.pool.op.deadline = u.s.now()
-	})
+	u, old, young, ch := rated(t, 40, upgradeOptions{rate: 1})
+	u.awaitPhase(opMoving)
+	u.s.call(func() { u.pool.op.deadline = u.s.now() }) // one has been asked, at most two
 	r, o := u.report(ch)
 	if o != admin.OutcomeStay || r.Stayed < 38 || r.Reasons["not asked in time: no more than 1 may move in a second"] < 38 {
 		t.Errorf("outcome %d, report %+v", o, r)
