@@ -99,7 +99,8 @@ func (d *drill) run(out io.Writer) (err error) {
 	if err == nil {
 		err = d.steps()
 	}
-	if err == nil {
+	if err == nil && d.idle > 0 {
+		d.fleet.Phase("the idle clients speak", false) // all at once: not a part of the step before
 		err = d.quiet.check()
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
