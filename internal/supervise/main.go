@@ -176,6 +176,13 @@ func (s *Supervisor) boot(p *process) (first bool, err error) {
 		old, lerr := p.client.List(ctx, keeper.KindLedger)
 		return lerr == nil && len(old) == 0, err
 	}
+	led, err := findLedger(ctx, p.client)
+	if err != nil {
+		return false, err
+	}
+	if led != nil {
+		led.close()
+	}
 	incarnation, err := p.client.Lead(ctx)
 	if err != nil {
 		return false, err
@@ -247,18 +254,26 @@ func readBlobs(ctx context.Context, c *keeper.Client) (map[string]blob, error) {
 }
 
 func (s *Supervisor) openLedger(ctx context.Context) (first bool, err error) {
-	entries, err := s.keeper.Get(ctx, keeper.KindLedger)
-	if err != nil {
+	if s.led, err = findLedger(ctx, s.keeper); s.led != nil || err != nil {
 		return false, err
 	}
-	if len(entries) == 0 {
-		led, fd, err := createLedger(s.cfg.MaxSessions)
-		if err != nil {
-			return true, err
-		}
-		defer sys.CloseAll([]int{fd})
-		s.led = led
-		return true, s.keeper.Put(ctx, keeper.Entry{Key: keeper.Key{Kind: keeper.KindLedger}, FDs: []int{fd}})
+	led, fd, err := createLedger(s.cfg.MaxSessions)
+	if err != nil {
+		return true, err
+	}
+	defer sys.CloseAll([]int{fd})
+	s.led = led
+	return true, s.keeper.Put(ctx, keeper.Entry{Key: keeper.Key{Kind: keeper.KindLedger}, FDs: []int{fd}})
+}
+
+// findLedger maps the ledger that the keeper holds; nil if there is none yet. It changes
+// nothing.
+func findLedger(ctx context.Context, k interface {
+	Get(ctx context.Context, kind keeper.Kind, ids ...uint64) ([]keeper.Entry, error)
+}) (*ledger, error) {
+	entries, err := k.Get(ctx, keeper.KindLedger)
+	if err != nil || len(entries) == 0 {
+		return nil, err
 	}
 	defer func() {
 		for i := range entries {
@@ -266,10 +281,9 @@ func (s *Supervisor) openLedger(ctx context.Context) (first bool, err error) {
 		}
 	}()
 	if len(entries[0].FDs) != 1 {
-		return false, errors.New("the keeper's entry of the ledger has no descriptor")
+		return nil, errors.New("the keeper's entry of the ledger has no descriptor")
 	}
-	s.led, err = openLedger(entries[0].FDs[0])
-	return false, err
+	return openLedger(entries[0].FDs[0])
 }
 
 func (s *Supervisor) restorePools(meta []byte) error {
