@@ -206,9 +206,28 @@ func (s *Supervisor) listen(w *worker, fd int) error {
 }
 
 func (s *Supervisor) startOutbox(w *worker) {
-	w.out = newOutbox(w.ch, s.keeper,
+	ch := w.ch
+	w.out = newOutbox(ch, s.keeper,
 		func(ref wire.Ref) { s.post(func() { s.socketMissing(w, ref) }) },
-		func(err error) { s.post(func() { s.detach(w, err) }) })
+		func(err error) { s.post(func() { s.unsent(w, ch, err) }) })
+}
+
+// unsent deals with a channel that takes no message any more. When its other end is closed
+// the worker has died, as a rule: what it said before is still to be read, then the end of
+// the channel, and its death is the reason. It may have closed one direction only, so that
+// is not waited for for ever.
+func (s *Supervisor) unsent(w *worker, ch *wire.Channel, err error) {
+	if !errors.Is(err, syscall.EPIPE) {
+		s.detach(w, err)
+		return
+	}
+	time.AfterFunc(time.Second, func() {
+		s.post(func() {
+			if w.ch == ch {
+				s.detach(w, err)
+			}
+		})
+	})
 }
 
 func (s *Supervisor) startReader(w *worker) {
