@@ -14,7 +14,7 @@ import (
 // cannot be trusted any further; the message's descriptors are then still its own.
 func (w *worker) handle(m *wire.Message) error {
 	if w.gone != nil {
-		dispose(m)
+		m.Dispose()
 		return nil
 	}
 	switch m.Type {

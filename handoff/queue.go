@@ -139,10 +139,7 @@ func (q *outbox) abandon() []*wire.Message {
 		if m.Type == wire.TypeParked {
 			parked = append(parked, m)
 		}
-		m.CloseSockets()
-		for i := range m.Items {
-			clear(m.Items[i].Cargo.Record)
-		}
+		m.Dispose()
 	}
 	q.list, q.unsent = nil, nil
 	return parked

@@ -241,7 +241,7 @@ func (h *host) heard(n news) {
 	case n.from == h.down:
 		err = h.fromNew(n.m)
 	default: // of a line that was closed meanwhile
-		dispose(n.m)
+		n.m.Dispose()
 	}
 	if err == nil {
 		return
@@ -278,7 +278,7 @@ func (h *host) fromWorker(m *wire.Message) error {
 		h.refusedHere(m.Refused)
 	case wire.TypeParked:
 		if h.giving == nil {
-			dispose(m)
+			m.Dispose()
 			break
 		}
 		h.giving.parked(m)

@@ -42,7 +42,7 @@ func (l *line) put(m *wire.Message, then func(error)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closing {
-		dispose(m)
+		m.Dispose()
 		if then != nil {
 			then(errLineClosed)
 		}
@@ -50,14 +50,6 @@ func (l *line) put(m *wire.Message, then func(error)) {
 	}
 	l.list = append(l.list, outgoing{m, then})
 	l.cond.Broadcast()
-}
-
-// dispose closes and wipes what a message brought that nobody takes.
-func dispose(m *wire.Message) {
-	m.CloseSockets()
-	for i := range m.Items {
-		clear(m.Items[i].Cargo.Record)
-	}
 }
 
 var errLineClosed = errors.New("the channel is closed")
@@ -79,7 +71,7 @@ func (l *line) run() {
 		err := l.err
 		l.mu.Unlock()
 		if err != nil {
-			dispose(o.m)
+			o.m.Dispose()
 		} else if err = l.ch.Give(o.m); err != nil {
 			l.mu.Lock()
 			l.err = err
@@ -132,7 +124,7 @@ func (l *line) receive(to chan<- news, done <-chan struct{}) {
 		case to <- news{l, m, err}:
 		case <-done:
 			if m != nil {
-				dispose(m)
+				m.Dispose()
 			}
 			return
 		}

@@ -197,7 +197,7 @@ func (w *worker) receive(msgs chan<- *wire.Message) {
 		select {
 		case msgs <- m:
 		case <-w.done:
-			dispose(m)
+			m.Dispose()
 			return
 		}
 	}

@@ -47,12 +47,12 @@ func (c *Channel) Give(m *Message) error {
 		return c.far.put(m)
 	}
 	err := c.Send(m)
-	m.dispose()
+	m.Dispose()
 	return err
 }
 
-// dispose closes and wipes what m has.
-func (m *Message) dispose() {
+// Dispose closes the sockets and wipes the records of a message that nobody takes.
+func (m *Message) Dispose() {
 	m.CloseSockets()
 	for i := range m.Items {
 		clear(m.Items[i].Cargo.Record)
@@ -96,7 +96,7 @@ func (b *mailbox) put(m *Message) error {
 	}
 	b.mu.Unlock()
 	if err != nil {
-		m.dispose()
+		m.Dispose()
 		return fmt.Errorf("%s: control channel: %w", m.Type, err)
 	}
 	return nil
@@ -137,6 +137,6 @@ func (b *mailbox) close() {
 	b.cond.Broadcast()
 	b.mu.Unlock()
 	for _, m := range list {
-		m.dispose()
+		m.Dispose()
 	}
 }
