@@ -171,8 +171,7 @@ func TestStateCompatibilityBothWays(t *testing.T) {
 // A second upgrade waits for the first; a third generation follows while a session of
 // the first has not moved yet, and takes it when it can.
 func TestUpgradesInARow(t *testing.T) {
-	dir := tempDir(t)
-	u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{role(t, "stubborn"), dir}, "", `freeze_timeout = "200ms"`)}})
+	u, dir := startStubborn(t, `freeze_timeout = "200ms"`)
 	f := u.fleet(bystanders)
 	s := u.stubborn(dir)
 	first := u.begin("upgrade", "--wait", "1s", "--canary", "10", "--soak", "300ms")

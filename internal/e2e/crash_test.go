@@ -50,8 +50,7 @@ func TestHostKilledWorkerOfSoftwareLayerIsCountedAsLost(t *testing.T) {
 func TestHostWorkerKilledInTheMiddleOfAnUpgradeIsAccountedFor(t *testing.T) {
 	for _, which := range []string{"old", "new"} {
 		t.Run(which, func(t *testing.T) {
-			dir := tempDir(t)
-			u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{role(t, "stubborn"), dir}, "", "offload = \"software\"\ncrash_exact = false\nfreeze_timeout = \"100ms\"")}})
+			u, dir := startStubborn(t, "offload = \"software\"\ncrash_exact = false\nfreeze_timeout = \"100ms\"")
 			f := u.fleet(bystanders)
 			before := visor.WorkerPIDs(u.settled(bystanders))
 			s := u.stubborn(dir)

@@ -19,8 +19,7 @@ func TestKernelLayerWorkerKilledInTheMiddleOfAnUpgrade(t *testing.T) {
 	const clients = 12
 	for _, which := range []string{"old", "new"} {
 		t.Run(which, func(t *testing.T) {
-			dir := tempDir(t)
-			u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{role(t, "stubborn"), dir}, "", "offload = \"kernel\"\nfreeze_timeout = \"1s\"")}})
+			u, dir := startStubborn(t, "offload = \"kernel\"\nfreeze_timeout = \"1s\"")
 			f := u.fleet(clients)
 			before := visor.WorkerPIDs(u.settled(clients))
 			s := u.stubborn(dir)

@@ -64,8 +64,7 @@ func TestHostKilledWorkersOfSoftwareLayerLoseNothing(t *testing.T) {
 func TestHostJournalsInTheMiddleOfAnUpgrade(t *testing.T) {
 	for _, which := range []string{"old", "new"} {
 		t.Run(which, func(t *testing.T) {
-			dir := tempDir(t)
-			u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{role(t, "stubborn"), dir}, "", "offload = \"software\"\nfreeze_timeout = \"100ms\"")}})
+			u, dir := startStubborn(t, "offload = \"software\"\nfreeze_timeout = \"100ms\"")
 			f := u.fleet(bystanders)
 			before := visor.WorkerPIDs(u.settled(bystanders))
 			s := u.stubborn(dir)

@@ -155,8 +155,7 @@ func TestAnotherUserCannotDriveTheUnit(t *testing.T) {
 
 // Only one upgrade at a time; the second says which one runs, and changes nothing.
 func TestSecondUpgradeIsRefusedWhileOneRuns(t *testing.T) {
-	dir := tempDir(t)
-	u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{role(t, "stubborn"), dir}, "", `freeze_timeout = "300ms"`)}})
+	u, dir := startStubborn(t, `freeze_timeout = "300ms"`)
 	f := u.fleet(bystanders)
 	s := u.stubborn(dir)
 	first := make(chan visor.Result, 1)

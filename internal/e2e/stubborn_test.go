@@ -71,6 +71,14 @@ type held struct {
 	dir  string
 }
 
+// startStubborn starts a unit whose program can hold sessions back, as stubborn has it do
+// with dir. conf are further keys of the pool.
+func startStubborn(t *testing.T, conf string) (u *unit, dir string) {
+	t.Helper()
+	dir = tempDir(t)
+	return start(t, visor.Options{Args: []string{"-c", configFile(t, []string{role(t, "stubborn"), dir}, "", conf)}}), dir
+}
+
 // stubborn connects a client and makes its handler hold.
 func (u *unit) stubborn(dir string) *held {
 	u.t.Helper()
@@ -119,8 +127,7 @@ func (h *held) talk() {
 // A handler that reaches no safe point is not moved by force: the upgrade says so
 // with exit code 4, the session stays where it is, and goes when it can.
 func TestSessionAtNoSafePointStaysAndMovesLater(t *testing.T) {
-	dir := tempDir(t)
-	u := start(t, visor.Options{Args: []string{"-c", configFile(t, []string{role(t, "stubborn"), dir}, "", `freeze_timeout = "200ms"`)}})
+	u, dir := startStubborn(t, `freeze_timeout = "200ms"`)
 	f := u.fleet(bystanders)
 	s := u.stubborn(dir)
 	rep := u.upgradeReport(4, "--wait", "1s")
