@@ -58,14 +58,21 @@ func (s *script) send(m *wire.Message) {
 	}
 }
 
-// expect receives the next message, which must be of this type.
-func (s *script) expect(typ wire.Type) *wire.Message {
+// next receives a message; typ is what the test waits for.
+func (s *script) next(typ wire.Type) *wire.Message {
 	s.t.Helper()
 	_ = s.ch.Conn().SetReadDeadline(time.Now().Add(patience))
 	m, err := s.ch.Recv()
 	if err != nil {
 		s.t.Fatalf("waiting for %s: %v", typ, err)
 	}
+	return m
+}
+
+// expect receives the next message, which must be of this type.
+func (s *script) expect(typ wire.Type) *wire.Message {
+	s.t.Helper()
+	m := s.next(typ)
 	if m.Type != typ {
 		m.CloseSockets()
 		s.t.Fatalf("%s came, not %s", m.Type, typ)
@@ -77,11 +84,7 @@ func (s *script) expect(typ wire.Type) *wire.Message {
 func (s *script) expectAdopt() *wire.Message {
 	s.t.Helper()
 	for {
-		_ = s.ch.Conn().SetReadDeadline(time.Now().Add(patience))
-		m, err := s.ch.Recv()
-		if err != nil {
-			s.t.Fatal(err)
-		}
+		m := s.next(wire.TypeAdopt)
 		if m.Type == wire.TypeAdopt {
 			return m
 		}
@@ -125,11 +128,7 @@ func (s *script) die() {
 func (s *script) expectResume() {
 	s.t.Helper()
 	for {
-		_ = s.ch.Conn().SetReadDeadline(time.Now().Add(patience))
-		m, err := s.ch.Recv()
-		if err != nil {
-			s.t.Fatal(err)
-		}
+		m := s.next(wire.TypeResume)
 		m.CloseSockets()
 		if m.Type == wire.TypeResume {
 			return
