@@ -20,7 +20,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -29,6 +28,7 @@ import (
 
 	"github.com/ktlsvisor/ktlsvisor/handoff"
 	"github.com/ktlsvisor/ktlsvisor/handoff/handoffhttp"
+	"github.com/ktlsvisor/ktlsvisor/internal/testlog"
 	"github.com/ktlsvisor/ktlsvisor/ktls"
 )
 
@@ -147,14 +147,7 @@ type program struct {
 	t       *testing.T
 	addr    string
 	pidFile string
-	mu      sync.Mutex
-	log     strings.Builder
-}
-
-func (p *program) Write(b []byte) (int, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.log.Write(b)
+	log     testlog.Buffer
 }
 
 func start(t *testing.T, protos string) *program {
@@ -187,7 +180,7 @@ func start(t *testing.T, protos string) *program {
 	copied := make(chan struct{})
 	go func() {
 		defer close(copied)
-		_, _ = io.Copy(p, r)
+		_, _ = io.Copy(&p.log, r)
 	}()
 	t.Cleanup(func() {
 		_ = stdin.Close()
